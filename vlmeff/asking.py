@@ -1,0 +1,123 @@
+"""Ask a question about a picture, wrapped beside unwrapped: what ``vlmeff ask`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from vlmeff.errors import ConfigError, UnsupportedModelError
+from vlmeff.loading import load
+from vlmeff.reporting import Report, measure, report
+from vlmeff.vlm.overlay import draw_overlay, picture_seen
+from vlmeff.wrapping import wrap
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer and what it cost."""
+
+    label: str
+    answer: str
+    report: Report
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """The runs of one question, the unwrapped model first where it was asked for."""
+
+    question: str
+    runs: list[Run]
+    picture: Image.Image
+
+    @property
+    def speedup(self) -> tuple[float, float] | None:
+        """(prefill, total) of the unwrapped model over the wrapped one; None when only one ran."""
+        if len(self.runs) < 2:
+            return None
+        base, run = self.runs[0].report, self.runs[-1].report
+        if not (base.prefill_ms and base.total_ms and run.prefill_ms and run.total_ms):
+            return None
+        return base.prefill_ms / run.prefill_ms, base.total_ms / run.total_ms
+
+    def overlay(self) -> Image.Image:
+        """The picture with the kept tokens of the wrapped run."""
+        plan = self.runs[-1].report.plan
+        if plan is None:
+            raise ConfigError("overlay: the run had no token step, so there is nothing to draw.")
+        return draw_overlay(self.picture, plan.grids[0][0], plan.keep[0], plan.kind[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        runs = [{"label": r.label, "answer": r.answer, "report": r.report.to_dict()} for r in self.runs]
+        speedup = None if self.speedup is None else {"prefill": self.speedup[0], "total": self.speedup[1]}
+        return {"question": self.question, "runs": runs, "speedup": speedup}
+
+
+def ask_picture(
+    picture: Image.Image,
+    question: str,
+    *,
+    model: str,
+    preset: str,
+    tokens: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    compare: bool = True,
+    max_new_tokens: int = 64,
+    warmup: int = 1,
+    device: str | None = None,
+    dtype: str = "auto",
+    progress: Callable[[str], None] = lambda step: None,
+) -> Answers:
+    """Load a model and answer ``question`` greedily, unwrapped (with ``compare``) and with ``preset``.
+
+    Each measured run follows ``warmup`` unmeasured ones, so that neither pays for what is set up once.
+    """
+    progress(f"loading {model}")
+    vlm, processor = load(model, device=device, dtype=dtype)
+    if not hasattr(processor, "image_processor"):
+        raise UnsupportedModelError(f"ask: {type(vlm).__name__} takes no pictures.")
+    # Everything that can be refused is refused before the first run.
+    wrap(vlm, preset, tokens=tokens, **(overrides or {}))
+    inputs = prepare(processor, picture, question).to(vlm.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
+
+    def answer() -> str:
+        ids: Tensor = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    runs = []
+    if compare:
+        from vlmeff.wrapping import unwrap
+
+        unwrap(vlm)
+        for _ in range(warmup):
+            progress("warming up the unwrapped model")
+            answer()
+        progress("asking the unwrapped model")
+        with measure(vlm, dict(inputs)) as measured:
+            text = answer()
+        runs.append(Run("unwrapped", text, measured.report))
+        wrap(vlm, preset, tokens=tokens, **(overrides or {}))
+    label = preset if tokens is None else tokens
+    for _ in range(warmup):
+        progress(f"warming up {label}")
+        answer()
+    progress(f"asking with {label}")
+    text = answer()
+    runs.append(Run(label, text, report(vlm)))
+    return Answers(question, runs, picture_seen(picture, processor, inputs["pixel_values"][0]))
+
+
+def prepare(processor: Any, picture: Image.Image, question: str) -> Any:
+    """The processor's inputs for one picture and one question, through its chat template."""
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )

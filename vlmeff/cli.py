@@ -1,0 +1,219 @@
+"""The command line: ``vlmeff ask | presets | zoo``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlmeff import __version__
+from vlmeff.errors import ConfigError, VlmeffError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Vision-language models that cost less to run.")
+zoo_app = typer.Typer(no_args_is_help=True, help="The model zoo: verified models and presets.")
+app.add_typer(zoo_app, name="zoo")
+
+out = Console()
+err = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; an error of vlmeff is one line on stderr and its exit code."""
+    try:
+        app(standalone_mode=False)
+    except VlmeffError as error:
+        err.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        # click's usage errors know how to show themselves; everything else is a bug and keeps its traceback.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+def _plain(error: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"vlmeff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture file.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "tiny-llava",
+    preset: Annotated[str, typer.Option(help="A preset of the zoo (vlmeff presets).")] = "fast",
+    tokens: Annotated[str | None, typer.Option(help="Another token method: hiprune, random, downsample.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of visual tokens kept (at most 1), or tokens per image (from 2 on).")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Run the unwrapped model too.")] = True,
+    save_overlay: Annotated[Path | None, typer.Option(help="Write a PNG that shows the kept tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    warmup: Annotated[int, typer.Option(min=0, help="Unmeasured runs before each measured one.")] = 1,
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Answer a question about a picture, with the preset beside the unwrapped model, and show what each run cost."""
+    from vlmeff.asking import ask_picture  # torch is imported only when a model runs
+    from vlmeff.pictures import open_picture
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype!r} must be auto, float32, bfloat16 or float16.")
+    if save_overlay is not None and not save_overlay.parent.is_dir():
+        raise ConfigError(f"--save-overlay: the folder {str(save_overlay.parent)!r} does not exist.")
+    picture = open_picture(image)
+    overrides: dict[str, Any] = {}
+    if keep is not None:
+        overrides["keep"] = int(keep) if keep > 1 and keep == int(keep) else keep
+    with err.status("starting") as status:
+
+        def progress(step: str) -> None:
+            status.update(step)
+            err.print(f"[dim]{step}[/]", highlight=False)
+
+        answers = ask_picture(
+            picture,
+            question,
+            model=model,
+            preset=preset,
+            tokens=tokens,
+            overrides=overrides,
+            compare=compare,
+            max_new_tokens=max_new_tokens,
+            warmup=warmup,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+    if save_overlay is not None:
+        answers.overlay().save(save_overlay, format="PNG")
+        err.print(f"[dim]overlay written to {save_overlay}[/]", highlight=False)
+    if as_json:
+        print(json.dumps(answers.to_dict()))
+        return
+    _show(answers)
+
+
+def _show(answers: Any) -> None:
+    runs = answers.runs
+    table = Table(title=answers.question, title_justify="left", show_edge=False)
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.label, overflow="fold")
+    table.add_column("how", style="dim")
+    table.add_row("answer", *[f"[bold]{_plain(run.answer)}[/]" for run in runs], "")
+    rows = [{name: (value, how) for name, value, how in run.report.rows_of_text()} for run in runs]
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "method"))
+    for name in names:
+        values = [row.get(name, ("", ""))[0] for row in rows]
+        table.add_row(name, *values, next(row[name][1] for row in rows if name in row))
+    if answers.speedup is not None:
+        prefill, total = answers.speedup
+        table.add_row("speed-up", "", f"prefill {prefill:.2f} x, total {total:.2f} x", "measured, this run")
+    out.print(table)
+
+
+@app.command()
+def presets(
+    model: Annotated[str | None, typer.Option(help="Show what each preset is for this model.")] = None,
+) -> None:
+    """List the presets."""
+    from vlmeff import zoo
+
+    known = zoo.load_zoo()
+    if model is not None and model in known.models:
+        rows = zoo.preset_table_of(model)
+    elif model is not None:
+        from vlmeff.loading import load
+
+        rows = zoo.preset_table(load(model)[0])
+    else:
+        rows = zoo.preset_table(None)
+    table = Table(show_edge=False)
+    for column in ("preset", "status", "tokens", "steps", "summary"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        tokens = "" if row.tokens_in is None else f"{row.tokens_in} -> {row.tokens_kept}"
+        table.add_row(row.preset, row.status or "", tokens, row.steps, row.summary)
+    out.print(table)
+
+
+@zoo_app.command("list")
+def zoo_list(
+    status: Annotated[str | None, typer.Option(help="Only entries of this status.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only models of this task.")] = None,
+) -> None:
+    """List the entries: which preset on which model, and how far it is proven."""
+    from vlmeff import zoo
+
+    table = Table(show_edge=False)
+    for column in ("entry", "status", "tokens", "licence"):
+        table.add_column(column)
+    known = zoo.load_zoo()
+    for entry in zoo.list_entries(task=task, status=status):
+        tokens = "" if entry.tokens is None else f"{entry.tokens.in_} -> {entry.tokens.kept}"
+        table.add_row(entry.name, entry.status, tokens, known.models[entry.model].license)
+    out.print(table)
+
+
+@zoo_app.command("show")
+def zoo_show(name: Annotated[str, typer.Argument(help="An entry, a model or a preset.")]) -> None:
+    """Show one record as YAML."""
+    import yaml
+
+    from vlmeff import zoo
+
+    print(yaml.safe_dump(zoo.describe(name), sort_keys=False, allow_unicode=True), end="")
+
+
+@zoo_app.command("validate")
+def zoo_validate(file: Annotated[Path | None, typer.Argument(help="A zoo file; the shipped one when left out.")] = None) -> None:
+    """Check a zoo file against the schema and the rules."""
+    from vlmeff import zoo
+
+    path = file or zoo.shipped_file()
+    problems = zoo.validate_file(path)
+    for problem in problems:
+        err.print(problem, highlight=False, markup=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(2)
+    out.print(f"{path.name}: valid")
+
+
+@zoo_app.command("schema")
+def zoo_schema() -> None:
+    """Print the JSON Schema of a zoo file."""
+    from vlmeff import zoo
+
+    print(json.dumps(zoo.json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

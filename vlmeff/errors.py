@@ -1,0 +1,107 @@
+"""Errors of vlmeff. A leaf module: it imports nothing of ours.
+
+Every error names the argument to change and the remedy. ``exit_code`` is what the command line returns:
+2 usage or configuration, 3 data, 4 model or preset.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VlmeffError(Exception):
+    """Base of every error that vlmeff raises on purpose."""
+
+    exit_code = 2
+
+    def __str__(self) -> str:
+        # KeyError's own __str__ shows the repr of its argument, quotes and all.
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(VlmeffError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class DataError(VlmeffError, ValueError):
+    """A picture or a data file is missing or broken."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(VlmeffError, TypeError):
+    """The model's class or geometry is not supported."""
+
+    exit_code = 4
+
+
+class IncompatibleError(VlmeffError, RuntimeError):
+    """Two things that were asked for together cannot work together."""
+
+    exit_code = 4
+
+
+class BackendUnavailableError(VlmeffError, RuntimeError):
+    """A back end was asked for by name and cannot serve the call."""
+
+    def __init__(self, op: str, backend: str, reason: str) -> None:
+        super().__init__(f"vlmeff.ops.{op}: back end {backend!r} was asked for and cannot be used: {reason}")
+        self.op, self.backend, self.reason = op, backend, reason
+
+
+class MissingExtraError(VlmeffError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, module: str, extra: str, purpose: str) -> None:
+        super().__init__(f'{purpose} need the package {module!r}: pip install "vlmeff[{extra}]"')
+
+
+class EnvironmentMismatchError(VlmeffError, ImportError):
+    """Installed packages do not fit each other."""
+
+
+class UnknownNameError(VlmeffError, KeyError):
+    """A name (preset, model, method, ...) is not known; the message lists the nearest ones."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+        super().__init__(f"unknown {kind} {name!r}.{hint} Available: {', '.join(known) or 'none'}.")
+
+
+class UnknownModelError(UnknownNameError):
+    """A model name is not in the zoo, not a folder and not loadable from the hub."""
+
+    exit_code = 4
+
+
+class UnknownPresetError(UnknownNameError):
+    """A preset name is not in the zoo."""
+
+    exit_code = 4
+
+
+class UnsupportedInputError(VlmeffError, NotImplementedError):
+    """The model is supported, this kind of input is not."""
+
+
+class NonFiniteScoreError(VlmeffError, FloatingPointError):
+    """A token score is NaN or infinite: the model's activations overflowed."""
+
+    exit_code = 4
+
+
+class ModelLoadError(VlmeffError, OSError):
+    """A model's files are missing, broken or out of reach."""
+
+    exit_code = 4
+
+
+class ZooError(VlmeffError, ValueError):
+    """A model zoo file is missing or breaks its schema; ``problems`` holds one readable line for each thing wrong."""
+
+    def __init__(self, path: object, problems: Iterable[object]) -> None:
+        self.path, self.problems = str(path), tuple(str(problem) for problem in problems)
+        super().__init__(f"{self.path} is not a usable model zoo:\n" + "\n".join(f"  {line}" for line in self.problems))

@@ -1,0 +1,263 @@
+"""How an op chooses its back end. Nothing is decided at import time.
+
+First match wins:
+
+1. An explicit choice: ``with backend(...)``, else the variable ``VLMEFF_BACKEND`` (``"auto"``, ``"reference"``,
+   ``"triton,gather_tokens=reference"``). One that cannot be honoured raises; it never falls back.
+2. Grad mode is on and an input requires grad: the reference, because the accelerated ops have no backward.
+3. A tensor is not on CUDA: the reference.
+4. The first of ``cuda``, ``triton``, ``torch`` in ``vlmeff_kernels.OPS[op]`` whose ``supports`` does not refuse.
+5. The reference.
+
+A launch is never wrapped in try/except: a kernel that fails must be seen to fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from vlmeff.errors import BackendUnavailableError, ConfigError
+
+if TYPE_CHECKING:
+    from vlmeff_kernels import BackEnd
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "VLMEFF_BACKEND"
+AUTO, REFERENCE = "auto", "reference"
+ACCELERATED = ("cuda", "triton", "torch")  # in order of preference
+EVERY_OP = "*"  # key of a choice that holds for all ops without one of their own
+
+Operator = TypeVar("Operator", bound=Callable[..., Any])
+Result = TypeVar("Result")
+_operators: dict[str, Callable[..., Any]] = {}  # filled by the definitions in this package
+
+_asked: ContextVar[Mapping[str, str]] = ContextVar("vlmeff_ops_asked", default=MappingProxyType({}))
+_explaining: ContextVar[bool] = ContextVar("vlmeff_ops_explaining", default=False)
+_open_counters: ContextVar[tuple[Counter[tuple[str, str]], ...]] = ContextVar("vlmeff_ops_counters", default=())
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an op would run where it would run."""
+
+    op: str
+    backend: str
+    """The back end that a call with these arguments uses."""
+    why: str
+    refused: Mapping[str, str]
+    """The accelerated back ends that were considered first, each with the reason it was passed over."""
+
+
+def operator(function: Operator) -> Operator:
+    """Register a public op under its own name. It must end in ``return dispatch(...)``: `explain` relies on it."""
+    if function.__name__ in _operators:
+        raise ConfigError(f"vlmeff.ops already has an op named {function.__name__!r}")
+    _operators[function.__name__] = function
+    return function
+
+
+def dispatch(op: str, reference: Callable[..., Result], **arguments: Any) -> Result:
+    """Run op on the back end that the rules choose. The arguments have been checked by the public function."""
+    explanation, implementation = _choose(op, arguments)
+    if _explaining.get():
+        return cast("Result", explanation)  # to explain(), which called the op and knows
+    if not torch.compiler.is_compiling():  # a traced graph is not a run, and logging would break the graph
+        _log_first_use(op, explanation.backend)
+        for counter in _open_counters.get():
+            counter[op, explanation.backend] += 1
+    if implementation is None:
+        return reference(**arguments)
+    result: Result = implementation.run(**{name: _unit_stride(op, name, value) for name, value in arguments.items()})
+    return result
+
+
+def backend(name: str | None = None, /, **per_op: str) -> AbstractContextManager[None]:
+    """Choose the back end of all ops, or of the named ones, inside a ``with`` block.
+
+    ``backend("triton")``, ``backend(attention_column_mass="reference")``, ``backend("triton", gather_tokens="auto")``.
+    Back ends: auto (the rules decide, whatever ``VLMEFF_BACKEND`` says), reference, cuda, triton, torch. Blocks nest: a
+    name for all ops replaces what the outer block chose, a name for one op replaces only that op's. The choice belongs
+    to the current context (thread or asyncio task).
+
+    Raises:
+        ConfigError: a back end or op of that name does not exist, or none is named.
+        BackendUnavailableError: from the op, inside the block, when the choice cannot serve the call.
+    """
+    if name is None and not per_op:
+        raise ConfigError("vlmeff.ops.backend: name a back end for all ops, or op=back end for some")
+    choices = per_op if name is None else {EVERY_OP: name, **per_op}
+    _check_choices(choices, "vlmeff.ops.backend")
+    return _asking_for(choices, keep_outer=name is None)
+
+
+@contextmanager
+def _asking_for(choices: Mapping[str, str], *, keep_outer: bool) -> Iterator[None]:
+    token = _asked.set({**_asked.get(), **choices} if keep_outer else choices)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def explain(op: str, /, *args: Any, **kwargs: Any) -> Explanation:
+    """Say where ``vlmeff.ops.<op>(*args, **kwargs)`` would run, and why, without running it.
+
+    Raises what the call itself would raise before it computes: errors in the arguments (ValueError, TypeError) and
+    BackendUnavailableError; ConfigError if there is no such op.
+    """
+    if op not in _operators:
+        raise ConfigError(f"vlmeff.ops.explain: unknown op {op!r}; ops: {_listed(_operators)}")
+    token = _explaining.set(True)  # the op checks and normalises as ever, and dispatch answers instead of computing
+    try:
+        answer = _operators[op](*args, **kwargs)
+    finally:
+        _explaining.reset(token)
+    assert isinstance(answer, Explanation), f"{op} must end in dispatch()"
+    return answer
+
+
+@contextmanager
+def counters() -> Iterator[Counter[tuple[str, str]]]:
+    """Count which op ran on which back end: ``with counters() as ran: ...; ran["row_logsumexp", "reference"]``.
+
+    Counts calls of the current context (thread or asyncio task) inside the block; blocks nest, and each counts all that
+    happens inside it. Calls that run inside a graph made by torch.compile are not seen.
+    """
+    counter: Counter[tuple[str, str]] = Counter()
+    token = _open_counters.set((*_open_counters.get(), counter))
+    try:
+        yield counter
+    finally:
+        _open_counters.reset(token)
+
+
+def _choose(op: str, arguments: Mapping[str, Any]) -> tuple[Explanation, BackEnd | None]:
+    """Apply the rules. The implementation is None for the reference."""
+    asked, asked_in = _asked_for(op)
+    if asked == REFERENCE:
+        return Explanation(op, REFERENCE, f"asked for in {asked_in}", {}), None
+    if asked != AUTO:
+        return Explanation(op, asked, f"asked for in {asked_in}", {}), _explicit(op, asked, arguments)
+
+    if _wants_grad(arguments):
+        why = "an input requires grad, and only the reference has a backward"
+        return Explanation(op, REFERENCE, why, dict.fromkeys(ACCELERATED, why)), None
+    elsewhere = sorted({t.device.type for t in _tensors(arguments)} - {"cuda"})
+    if elsewhere:
+        why = f"the tensors are on {', '.join(elsewhere)}"
+        return Explanation(op, REFERENCE, why, dict.fromkeys(ACCELERATED, why)), None
+
+    refused: dict[str, str] = {}
+    implementations, missing = _accelerated(op)
+    for name in ACCELERATED:
+        implementation = implementations.get(name)
+        reason = missing if implementation is None else implementation.supports(**arguments)
+        if reason is None:
+            return Explanation(op, name, "the first that supports the call", refused), implementation
+        refused[name] = reason
+    return Explanation(op, REFERENCE, "no accelerated back end supports the call", refused), None
+
+
+def _explicit(op: str, name: str, arguments: Mapping[str, Any]) -> BackEnd:
+    """Return the implementation asked for by name, or raise. Devices are left to its ``supports``: an interpreter may
+    take CPU tensors."""
+    implementations, missing = _accelerated(op)
+    if name not in implementations:
+        raise BackendUnavailableError(op, name, missing)
+    if _wants_grad(arguments):
+        raise BackendUnavailableError(
+            op, name, 'it has no backward and an input requires grad; use torch.no_grad() or backend("reference")'
+        )
+    reason = implementations[name].supports(**arguments)
+    if reason is not None:
+        raise BackendUnavailableError(op, name, reason)
+    return implementations[name]
+
+
+def _accelerated(op: str) -> tuple[Mapping[str, BackEnd], str]:
+    """Return the accelerated implementations of op, and what to say of those that are not among them."""
+    try:
+        import vlmeff_kernels  # here and not above: it loads Triton, which a CPU user does not need
+    except ModuleNotFoundError as error:
+        if error.name != "vlmeff_kernels":  # it is there and broken
+            raise
+        return {}, "the package vlmeff_kernels is not installed"
+    return vlmeff_kernels.OPS.get(op, {}), "vlmeff_kernels has no such implementation of this op"
+
+
+def _asked_for(op: str) -> tuple[str, str]:
+    """Return the back end asked for, or "auto", and where it was asked for."""
+    text = os.environ.get(ENVIRONMENT_VARIABLE)
+    environment = _parse_environment(text) if text else {}
+    for choices, where in ((_asked.get(), "vlmeff.ops.backend"), (environment, ENVIRONMENT_VARIABLE)):
+        for key in (op, EVERY_OP):
+            if key in choices:
+                return choices[key], where
+    return AUTO, "the default"
+
+
+@functools.lru_cache(maxsize=8)
+def _parse_environment(text: str) -> Mapping[str, str]:
+    """Parse "triton,gather_tokens=reference"."""
+    choices: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, equals, name = (part.strip() for part in item.rpartition("="))
+        key = op if equals else EVERY_OP
+        if key in choices:
+            raise ConfigError(f"{ENVIRONMENT_VARIABLE}={text!r} chooses twice for {op or 'all ops'}")
+        choices[key] = name
+    _check_choices(choices, f"{ENVIRONMENT_VARIABLE}={text!r}")
+    return choices
+
+
+def _check_choices(choices: Mapping[str, str], where: str) -> None:
+    names = (AUTO, REFERENCE, *ACCELERATED)
+    for op, name in choices.items():
+        if op != EVERY_OP and op not in _operators:
+            raise ConfigError(f"{where}: unknown op {op!r}; ops: {_listed(_operators)}")
+        if name not in names:
+            raise ConfigError(f"{where}: unknown back end {name!r}; back ends: {_listed(names)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _wants_grad(arguments: Mapping[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(arguments))
+
+
+def _tensors(arguments: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments, those in lists included."""
+    for value in arguments.values():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+def _unit_stride(op: str, name: str, value: Any) -> Any:
+    """Copy a tensor whose last dim is strided: the kernels address rows of adjacent elements."""
+    if isinstance(value, list | tuple):
+        return [_unit_stride(op, name, item) for item in value]
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] <= 1 or value.stride(-1) == 1:
+        return value
+    logger.debug("vlmeff.ops.%s: copying %s, its last dimension has stride %d", op, name, value.stride(-1))
+    return value.contiguous()
+
+
+@functools.cache  # the cache is the memory of what has been said: one line per (op, back end) and process
+def _log_first_use(op: str, name: str) -> None:
+    logger.info("vlmeff.ops.%s runs on the back end %r", op, name)

@@ -1,0 +1,344 @@
+"""Statistics of attention that never hold the attention matrix: row log-sum-exp and column mass.
+
+Shape letters: B batch, H query heads, K key/value heads, G = H // K, W query rows, S keys, D head dim, T packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from vlmeff.ops._dispatch import dispatch, operator
+
+Reduce: TypeAlias = Literal["none", "group", "mean"]
+
+# The references work on as many query rows at a time as fit their logits into this, and on one row at least.
+_LOGITS_BLOCK_BYTES = 32 * 2**20
+
+
+@operator
+def row_logsumexp(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Compute the natural-log normaliser of every attention row.
+
+    lse_i = log sum_{j allowed} exp(z_ij), z_ij = scale * <q_i, k_j>, and z <- softcap * tanh(z / softcap) if given.
+    Key j is allowed to row i if key_valid[b, j] and, when causal, k_pos[b, j] <= q_pos[b, i].
+
+    Args:
+        q: [B, Hq, W, D] queries, rotary embedding applied; float32, float16, bfloat16 or float64. Any strides.
+        k: [B, Hk, S, D] keys, dtype and device of q. Hk divides Hq; query head h reads key head h // (Hq // Hk).
+        scale: factor of the inner products, usually D ** -0.5.
+        causal: mask by position. The two position arguments are read only then.
+        q_pos: [B, W] int32 or int64; default S-W .. S-1, that is right-aligned with the keys.
+        k_pos: [B, S] int32 or int64; default 0 .. S-1. Needed once an eviction has made the slots non-contiguous.
+        key_valid: [B, S] bool, False for padding; default all True.
+        softcap: positive, or None.
+    Returns:
+        [B, Hq, W] float32 (float64 for float64 inputs). A row with no allowed key is -inf; a NaN in a query row or in a
+        key that it may attend to makes the row NaN.
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, value, dtype or device.
+
+    If the attention kernel returns its own log-sum-exp, use that (and mind its base). Memory: one block of logits of
+    about 32 MB and a float32 copy of k; under autograd the blocks are kept for the backward.
+    """
+    op = "row_logsumexp"
+    _check_queries_and_keys(op, q, k, packed=False)
+    masks = _checked_masks(op, q, k, causal=causal, q_pos=q_pos, k_pos=k_pos, key_valid=key_valid)
+    _check_scalars(op, scale, softcap)
+    return dispatch(op, _row_logsumexp_reference, q=q, k=k, scale=scale, softcap=softcap, **masks)
+
+
+@operator
+def attention_column_mass(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    lse: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    reduce: Reduce = "none",
+    causal: bool = False,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Sum the attention that every key receives over the query rows, each row with its weight.
+
+    p_ij = exp(z_ij - lse_i) for allowed (i, j), else 0; out[b, h, j] = sum_i weight[b, h, i] * p_ij. Logits z, masks
+    and lse are those of `row_logsumexp`. So without lse, the masses of a head sum to the weights of its rows that have
+    an allowed key. Divisions (by the window, by the number of queries) are left to the caller.
+
+    Args:
+        q, k, scale, causal, q_pos, k_pos, key_valid, softcap: as in `row_logsumexp`.
+        lse: [B, Hq, W] normalisers, natural log, floating point; default `row_logsumexp` of the same arguments. Give
+            one to normalise over more keys than k holds. A row whose lse is -inf contributes 0.
+        query_weight: [B, W] or [B, Hq, W], bool or floating point; default 1. Zero does not hide a NaN row (0 * NaN).
+        reduce: "none" keeps the query heads, "group" averages the heads that share a key head, "mean" all heads.
+        cu_seqlens: [n + 1] int32 or int64, from 0 to T, not decreasing: q is [T, Hq, D], k is [T, Hk, D], and each of
+            the n segments attends to itself. lse is then [Hq, T] and query_weight [T] or [Hq, T]; the other masks are
+            not available.
+    Returns:
+        float32 (float64 for float64 inputs). [B, Hq, S], [B, Hk, S] or [B, S] by reduce; packed [Hq, T], [Hk, T] or
+            [T].
+        A NaN in a query row, or in a key that some row may attend to, makes NaN every mass it enters.
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, value, dtype or device.
+
+    Uses: last-window scores (SnapKV; PrefixKV with the window metric): q of the last w rows, causal. Full scores
+    (PrefixKV): all rows, causal, query_weight = valid queries, "mean". Column mean of a vision layer (HiPrune): not
+    causal, cu_seqlens for Qwen, "mean". AdaptInfer: lse over all keys, k of the visual ones, weights from the text.
+
+    Memory as in `row_logsumexp`; k is never repeated for the heads of a group. The reference reads the segment bounds
+    to the host: with cu_seqlens on CUDA that is its one synchronisation.
+    """
+    op = "attention_column_mass"
+    packed = cu_seqlens is not None
+    _check_queries_and_keys(op, q, k, packed=packed)
+    if cu_seqlens is not None:
+        if causal or q_pos is not None or k_pos is not None or key_valid is not None:
+            raise ValueError(f"{op}: cu_seqlens cannot be combined with causal, q_pos, k_pos or key_valid")
+        _check_tensor(op, "cu_seqlens", cu_seqlens, q, {"n + 1": None}, _INTEGERS)
+        cu_seqlens = cu_seqlens.int()
+    masks = _checked_masks(op, q, k, causal=causal, q_pos=q_pos, k_pos=k_pos, key_valid=key_valid)
+    _check_scalars(op, scale, softcap)
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"{op}: reduce must be one of {', '.join(get_args(Reduce))}, got {reduce!r}")
+    per_head = {"Hq": q.shape[1], "T": q.shape[0]} if packed else {"B": q.shape[0], "Hq": q.shape[1], "W": q.shape[2]}
+    if lse is not None:
+        _check_tensor(op, "lse", lse, q, per_head, _FLOATS)
+        lse = lse.to(_score_dtype(q))
+    if query_weight is not None:
+        shared = {letter: size for letter, size in per_head.items() if letter != "Hq"}
+        dims = per_head if query_weight.ndim == len(per_head) else shared
+        _check_tensor(op, "query_weight", query_weight, q, dims, (torch.bool, *_FLOATS))
+        query_weight = query_weight.to(_score_dtype(q))
+    return dispatch(
+        op,
+        _column_mass_reference,
+        q=q,
+        k=k,
+        scale=scale,
+        lse=lse,
+        query_weight=query_weight,
+        reduce=reduce,
+        softcap=softcap,
+        cu_seqlens=cu_seqlens,
+        **masks,
+    )
+
+
+# The references. They define the numbers.
+
+
+def _row_logsumexp_reference(*, q: Tensor, k: Tensor, **logit_arguments: Any) -> Tensor:
+    with _autocast_off(q):
+        blocks = [logits.logsumexp(-1).flatten(1, 2) for _, logits, _ in _logit_blocks(q, k, **logit_arguments)]
+    return torch.cat([q.new_empty((*q.shape[:2], 0), dtype=_score_dtype(q)), *blocks], dim=2)
+
+
+def _column_mass_reference(
+    *,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    query_weight: Tensor | None,
+    reduce: Reduce,
+    cu_seqlens: Tensor | None,
+    **logit_arguments: Any,
+) -> Tensor:
+    with _autocast_off(q):
+        if cu_seqlens is None:
+            mass_BKGS = _column_mass(q, k, lse, query_weight, **logit_arguments)
+        else:
+            mass_BKGS = _packed_column_mass(q, k, lse, query_weight, cu_seqlens, **logit_arguments)
+    mass = mass_BKGS.flatten(1, 2) if reduce == "none" else mass_BKGS.mean(2 if reduce == "group" else (1, 2))
+    return mass if cu_seqlens is None else mass.squeeze(0)
+
+
+def _packed_column_mass(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    lse_HT: Tensor | None,
+    weight: Tensor | None,
+    cu_seqlens: Tensor,
+    **logit_arguments: Any,
+) -> Tensor:
+    """Treat every segment as a batch of one: [1, K, G, T]."""
+    (total, heads, _), kv_heads = q_THD.shape, k_TKD.shape[1]
+    bounds = cu_seqlens.tolist()
+    # Checked here and not with the arguments: an accelerated back end never brings the bounds to the host.
+    if bounds[:1] != [0] or bounds[-1] != total or any(end < start for start, end in pairwise(bounds)):
+        raise ValueError(f"attention_column_mass: cu_seqlens must go from 0 up to T = {total}, got {bounds}")
+    q_BHTD, k_BKTD = q_THD.transpose(0, 1)[None], k_TKD.transpose(0, 1)[None]
+    masses = [q_THD.new_zeros((1, kv_heads, heads // kv_heads, 0), dtype=_score_dtype(q_THD))]
+    for start, end in pairwise(bounds):
+        lse = None if lse_HT is None else lse_HT[None, :, start:end]
+        segment_weight = None if weight is None else weight[None, ..., start:end]
+        masses.append(
+            _column_mass(q_BHTD[:, :, start:end], k_BKTD[:, :, start:end], lse, segment_weight, **logit_arguments)
+        )
+    return torch.cat(masses, dim=-1)
+
+
+def _column_mass(
+    q_BHWD: Tensor, k_BKSD: Tensor, lse_BHW: Tensor | None, weight: Tensor | None, **logit_arguments: Any
+) -> Tensor:
+    """Return [B, K, G, S]; weight is [B, W] or [B, H, W]."""
+    batch, heads, width, _ = q_BHWD.shape
+    kv_heads, keys = k_BKSD.shape[1:3]
+    grouped = (batch, kv_heads, heads // kv_heads)
+    lse_BKGW = None if lse_BHW is None else lse_BHW.reshape(*grouped, width)
+    if weight is not None and weight.ndim == 2:
+        weight = weight[:, None].expand(batch, heads, width)
+    weight_BKGW = None if weight is None else weight.reshape(*grouped, width)
+
+    mass_BKGS = q_BHWD.new_zeros((*grouped, keys), dtype=_score_dtype(q_BHWD))
+    for rows, logits, allowed in _logit_blocks(q_BHWD, k_BKSD, **logit_arguments):
+        lse = logits.logsumexp(-1) if lse_BKGW is None else lse_BKGW[..., rows]
+        p = _probabilities(logits, lse.unsqueeze(-1), allowed)
+        # The weighted sum as a product: no second block of weight * p.
+        mass_BKGS = mass_BKGS + (p.sum(-2) if weight_BKGW is None else (weight_BKGW[..., None, rows] @ p).squeeze(-2))
+    return mass_BKGS
+
+
+def _probabilities(logits: Tensor, lse: Tensor, allowed: Tensor | None) -> Tensor:
+    """exp(z - lse), 0 where not allowed and in rows with lse = -inf, and without NaN gradients in either."""
+    empty_row = lse == -torch.inf
+    p = (logits.masked_fill(empty_row, -torch.inf) - lse.masked_fill(empty_row, 0)).exp()
+    # exp(-inf) is 0 already, except in a row whose lse is NaN.
+    return p if allowed is None else p.masked_fill(~allowed, 0)
+
+
+def _logit_blocks(
+    q_BHWD: Tensor,
+    k_BKSD: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    key_valid: Tensor | None,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield blocks of query rows: (rows, logits [B, K, G, w, S], -inf where not allowed, and allowed, which broadcasts
+    to the logits, or None for everything)."""
+    (batch, heads, width, dim), (_, kv_heads, keys, _) = q_BHWD.shape, k_BKSD.shape
+    dtype = _score_dtype(q_BHWD)
+    k_BKDS = k_BKSD.to(dtype).transpose(-1, -2)
+    if causal:
+        q_pos = torch.arange(keys - width, keys, device=q_BHWD.device)[None] if q_pos is None else q_pos
+        k_pos = torch.arange(keys, device=q_BHWD.device)[None] if k_pos is None else k_pos
+
+    step = max(1, _LOGITS_BLOCK_BYTES // max(1, batch * heads * keys * dtype.itemsize))
+    for start in range(0, width, step):
+        rows = slice(start, min(start + step, width))
+        count = rows.stop - rows.start
+        # The rows of the G heads of a group lie side by side, so that their one K needs no repeating.
+        q_block = (q_BHWD[:, :, rows].to(dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * count, dim)
+        logits = (q_block @ k_BKDS).view(batch, kv_heads, heads // kv_heads, count, keys)
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        allowed = None if key_valid is None else key_valid[:, None]
+        if q_pos is not None and k_pos is not None:
+            before = k_pos[:, None] <= q_pos[:, rows, None]
+            allowed = before if allowed is None else before & allowed
+        if allowed is not None:
+            allowed = allowed[:, None, None]
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        yield rows, logits, allowed
+
+
+def _score_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _autocast_off(q: Tensor) -> AbstractContextManager[Any]:
+    """Keep an ambient autocast from turning the float32 products back into half precision."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+# Checks of the arguments. None of them reads a value of a tensor, so none waits for the device.
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _check_queries_and_keys(op: str, q: Tensor, k: Tensor, *, packed: bool) -> None:
+    letters = ("T", "Hq", "D") if packed else ("B", "Hq", "W", "D")
+    _check_tensor(op, "q", q, q, dict.fromkeys(letters), _FLOATS)
+    dim = q.shape[-1]
+    expected = {"T": q.shape[0], "Hk": None, "D": dim} if packed else {"B": q.shape[0], "Hk": None, "S": None, "D": dim}
+    _check_tensor(op, "k", k, q, expected, (q.dtype,))
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{op}: the heads of k must divide those of q, got {kv_heads} for {heads}")
+
+
+def _checked_masks(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    key_valid: Tensor | None,
+) -> dict[str, Any]:
+    """Check the mask arguments and return them as the back ends take them: positions int32, and only if causal."""
+    queries, keys = {"B": q.shape[0], "W": q.shape[-2]}, {"B": q.shape[0], "S": k.shape[-2]}
+    if q_pos is not None:
+        _check_tensor(op, "q_pos", q_pos, q, queries, _INTEGERS)
+    if k_pos is not None:
+        _check_tensor(op, "k_pos", k_pos, q, keys, _INTEGERS)
+    if key_valid is not None:
+        _check_tensor(op, "key_valid", key_valid, q, keys, (torch.bool,))
+    return {
+        "causal": causal,
+        "q_pos": q_pos.int() if causal and q_pos is not None else None,
+        "k_pos": k_pos.int() if causal and k_pos is not None else None,
+        "key_valid": key_valid,
+    }
+
+
+def _check_scalars(op: str, scale: float, softcap: float | None) -> None:
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not isinstance(value, int | float):
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+
+
+def _check_tensor(
+    op: str, name: str, value: Tensor, like: Tensor, shape: Mapping[str, int | None], dtypes: Sequence[torch.dtype]
+) -> None:
+    """Check the shape (None leaves a size open), the dtype and, against the tensor like, the device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    sizes = tuple(shape.values())
+    if value.ndim != len(sizes) or any(n is not None and n != got for n, got in zip(sizes, value.shape, strict=True)):
+        known = ", ".join(f"{letter} = {size}" for letter, size in shape.items() if size is not None)
+        source = f" with {known} (from q)" if known and name != "q" else ""
+        raise ValueError(f"{op}: {name} must be [{', '.join(shape)}]{source}, got {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} (as q), got {value.device}")

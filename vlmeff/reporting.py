@@ -1,0 +1,232 @@
+"""The measured report of a call. Every figure says how it was got: measured, counted or reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcache import cache_bytes
+from tokenpruning.plan import PrunePlan
+from vlmeff.errors import ConfigError
+from vlmeff.vlm.cost import prefill_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one call did.
+
+    Measured: tokens (of all rows together), storage bytes of the key/value cache at the end of the call, and
+    milliseconds; ``prefill_ms`` runs from the call to the first logits and includes the vision encoder and the token
+    selection. Counted: ``prefill_gflops`` of the language model, from the measured token counts. Reference:
+    ``kv_bytes_full``, what the same cache would hold for the unshortened prompt.
+    """
+
+    method: str = "none"
+    preset: str | None = None
+    rows: int = 1
+    visual_tokens_before: int = 0
+    visual_tokens_after: int = 0
+    prompt_tokens_before: int = 0
+    prompt_tokens_after: int = 0
+    new_tokens: int | None = None
+    kv_bytes: int | None = None
+    kv_bytes_full: int | None = None
+    prefill_gflops_before: float | None = None
+    prefill_gflops_after: float | None = None
+    encode_ms: float | None = None
+    prefill_ms: float | None = None
+    total_ms: float | None = None
+    plan: PrunePlan | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain JSON values (without ``plan``)."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
+
+    def rows_of_text(self) -> list[tuple[str, str, str]]:
+        """(what, value, how it was got), for tables."""
+
+        def pair(before: object, after: object) -> str:
+            return f"{after}" if before == after else f"{before} -> {after}"
+
+        out = [
+            ("method", self.method, ""),
+            ("visual tokens", pair(self.visual_tokens_before, self.visual_tokens_after), "measured"),
+            ("prompt tokens", pair(self.prompt_tokens_before, self.prompt_tokens_after), "measured"),
+        ]
+        if self.new_tokens is not None:
+            out.append(("new tokens", str(self.new_tokens), "measured"))
+        if self.kv_bytes is not None:
+            out.append(("KV cache", format_bytes(self.kv_bytes), "measured"))
+        if self.kv_bytes_full is not None and self.kv_bytes_full != self.kv_bytes:
+            out.append(("KV cache, unshortened prompt", format_bytes(self.kv_bytes_full), "reference"))
+        if self.prefill_gflops_before is not None and self.prefill_gflops_after is not None:
+            flops = pair(f"{self.prefill_gflops_before:.3g}", f"{self.prefill_gflops_after:.3g}")
+            out.append(("LLM prefill GFLOP", flops, "counted"))
+        for name, value in (("encode", self.encode_ms), ("prefill", self.prefill_ms), ("total", self.total_ms)):
+            if value is not None:
+                out.append((f"{name} ms", f"{value:.1f}", "measured"))
+        return out
+
+    def __str__(self) -> str:
+        rows = self.rows_of_text()
+        width = max(len(name) for name, _, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}  {f'({how})' if how else ''}".rstrip() for name, value, how in rows)
+
+
+def format_bytes(n: int) -> str:
+    """Binary units, three digits: 1536 -> '1.5 KiB'."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+class Clock:
+    """Marks in device time on CUDA, in wall time elsewhere. Reading it waits for the device; marking does not."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.device = device
+        self.marks: dict[str, Any] = {}
+
+    def mark(self, name: str) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self.marks[name] = event
+        else:
+            self.marks[name] = time.perf_counter()
+
+    def between(self, start: str, end: str) -> float | None:
+        """Milliseconds between two marks, None when one was not set."""
+        if start not in self.marks or end not in self.marks:
+            return None
+        a, b = self.marks[start], self.marks[end]
+        if self.cuda:
+            b.synchronize()
+            return a.elapsed_time(b)
+        return 1000 * (b - a)
+
+
+class Meter:
+    """Follows one ``generate`` or ``forward`` call of a model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clock = Clock(device)
+        self.clock.mark("start")
+        self.remaining = 0  # prompt tokens that have not gone through the model yet
+        self.kv_bytes: int | None = None
+        self.cache: Any = None
+        self.cache_length = 0
+
+    def expect(self, prompt_width: int) -> None:
+        """Tell how many prompt columns will be processed before the first token can be chosen."""
+        self.remaining = prompt_width
+
+    def after_forward(self, tokens: int, output: Any) -> None:
+        """Call after each forward pass of ``tokens`` columns; chunked prefill makes several before the first token."""
+        if "prefill" not in self.clock.marks:
+            self.remaining -= tokens
+            if self.remaining <= 0:
+                self.clock.mark("prefill")
+        self.cache = getattr(output, "past_key_values", None)
+
+    def finish(self) -> None:
+        self.clock.mark("end")
+        if self.cache is not None:
+            self.kv_bytes = cache_bytes(self.cache)
+            self.cache_length = int(self.cache.get_seq_length())
+        self.cache = None  # a report must not keep the cache alive
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "kv_bytes": self.kv_bytes,
+            "encode_ms": self.clock.between("start", "encoded"),
+            "prefill_ms": self.clock.between("start", "prefill"),
+            "total_ms": self.clock.between("start", "end"),
+        }
+
+
+class Measured:
+    """Filled by ``measure``; ``report`` is there once its block is left."""
+
+    report: Report
+
+
+@contextmanager
+def measure(model: nn.Module, inputs: dict[str, Any], *, name: str = "unwrapped") -> Iterator[Measured]:
+    """Measure one ``generate`` call of an unwrapped model the way a wrapped one measures itself.
+
+    Args:
+        model: a transformers model.  inputs: what generate is called with; needs ``input_ids`` [B, L].
+    """
+    input_ids: Tensor = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    prompt = int(mask.sum()) if mask is not None else input_ids.numel()
+    token_id = getattr(model.config, "image_token_id", None)
+    visual = int((input_ids == token_id).sum()) if token_id is not None else 0
+    meter = Meter(input_ids.device)
+    meter.expect(input_ids.shape[1])
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        meter.after_forward(columns(args, kwargs), output)
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    result = Measured()
+    try:
+        yield result
+    finally:
+        handle.remove()
+    meter.finish()
+    flops = text_flops(model, input_ids, prompt)
+    result.report = Report(
+        method=name,
+        rows=len(input_ids),
+        visual_tokens_before=visual,
+        visual_tokens_after=visual,
+        prompt_tokens_before=prompt,
+        prompt_tokens_after=prompt,
+        kv_bytes_full=meter.kv_bytes,
+        prefill_gflops_before=flops,
+        prefill_gflops_after=flops,
+        **meter.figures(),
+    )
+
+
+def columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Token columns that a forward pass processes."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        ids = kwargs.get("inputs_embeds")
+    return 0 if ids is None else ids.shape[1]
+
+
+def text_flops(model: nn.Module, input_ids: Tensor, prompt_tokens: int) -> float | None:
+    """Counted GFLOP of the language model's prefill, rows taken as equally long; None for an unknown config."""
+    config = model.config.get_text_config()
+    if not hasattr(config, "intermediate_size") or not hasattr(config, "num_attention_heads"):
+        return None
+    rows = max(1, len(input_ids))
+    return rows * prefill_flops(config, round(prompt_tokens / rows)) / 1e9
+
+
+def report(model: nn.Module) -> Report:
+    """What the last call of a wrapped model did.
+
+    Raises:
+        ConfigError: the model is not wrapped, or has not been called since.
+    """
+    state = model.__dict__.get("_vlmeff")
+    if state is None:
+        raise ConfigError("report: the model is not wrapped. Call model = vlmeff.wrap(model) first.")
+    if state.report is None:
+        raise ConfigError("report: the wrapped model has not been called yet. Call model.generate(...) first.")
+    return state.report

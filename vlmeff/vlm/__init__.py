@@ -1,0 +1,1 @@
+"""The runtime for transformers vision-language models."""

@@ -1,0 +1,71 @@
+"""Attention scores of single vision layers without attention maps.
+
+While one picture is encoded, forward pre-hooks on the attention modules of the probed layers read their input,
+recompute q and k and reduce them to the mean attention that each token receives. The attention back end of the model
+stays whatever it is; nothing of size heads x tokens x tokens is ever built (``vlmeff.ops.attention_column_mass``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlmeff import ops
+
+
+@dataclass(frozen=True, eq=False)
+class QueryKey:
+    """What a family makes of an attention module's input.
+
+    Batched: q, k [B, H, M, D] and ``cu_seqlens`` None. Packed: q, k [T, H, D] and ``cu_seqlens`` [n + 1] int32, the
+    borders of the sequences that attend within themselves.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    cu_seqlens: Tensor | None = None
+
+
+QueryKeyFn = Callable[[nn.Module, Tensor, Mapping[str, object]], QueryKey]
+
+
+def column_mean(qk: QueryKey) -> Tensor:
+    """Mean over heads and queries of the attention each token receives: [B, M], or [T] when packed; float32."""
+    if qk.cu_seqlens is None:
+        mass = ops.attention_column_mass(qk.q, qk.k, scale=qk.scale, reduce="mean")
+        return mass / qk.q.shape[-2]
+    mass = ops.attention_column_mass(qk.q, qk.k, scale=qk.scale, reduce="mean", cu_seqlens=qk.cu_seqlens)
+    lengths = qk.cu_seqlens.diff()
+    return mass / lengths.repeat_interleave(lengths, output_size=len(mass))
+
+
+@contextmanager
+def probe(layers: Mapping[str, nn.Module], query_key: QueryKeyFn) -> Iterator[dict[str, list[Tensor]]]:
+    """Record ``column_mean`` of each named attention module for every call of it inside the block.
+
+    The hooks are removed when the block is left, also by an exception.
+    """
+    recorded: dict[str, list[Tensor]] = {name: [] for name in layers}
+    names_of: dict[nn.Module, list[str]] = {}
+    for name, module in layers.items():
+        names_of.setdefault(module, []).append(name)
+
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        assert isinstance(hidden, Tensor)
+        with torch.no_grad():
+            score = column_mean(query_key(module, hidden, kwargs))
+        for name in names_of[module]:
+            recorded[name].append(score)
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in names_of]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,307 @@
+"""The wrapped model: its own class with ``generate`` and ``forward`` of this instance going through the reduction.
+
+``attach`` swaps the instance's class for a subclass of the same name; nothing else of the model is touched and no other
+instance is concerned. ``detach`` swaps it back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmeff.config import Plan
+from vlmeff.errors import UnsupportedInputError
+from vlmeff.reporting import Meter, Report, columns, text_flops
+from vlmeff.vlm.families import Family
+from vlmeff.vlm.reduce import RECORD, ShortRequest, Untouched, attach_record, shorten_request
+
+STATE = "_vlmeff"
+
+
+@dataclass(eq=False)
+class State:
+    """What a wrapped model carries in ``model._vlmeff``."""
+
+    original_class: type[nn.Module]
+    plan: Plan
+    family: Family | None
+    # forward or generate set on the instance itself (accelerate's hooks do): they go on working underneath.
+    instance_methods: dict[str, Any] = field(default_factory=dict)
+    report: Report | None = None
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}  # a lock can be neither copied nor pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+
+@dataclass(eq=False)
+class _Call:
+    """The ``generate`` call that runs in this thread: its forward passes are measured and not shortened again."""
+
+    state: State
+    meter: Meter
+
+
+_running: ContextVar[_Call | None] = ContextVar("vlmeff_running", default=None)
+
+
+def attach(model: nn.Module, plan: Plan, family: Family | None) -> None:
+    """Make ``model`` a wrapped model, or update the plan of one that is wrapped."""
+    state: State | None = model.__dict__.get(STATE)
+    if state is not None:
+        state.plan, state.family, state.report = plan, family, None
+        return
+    methods = {name: model.__dict__[name] for name in ("forward", "generate") if name in model.__dict__}
+    for name in methods:
+        object.__delattr__(model, name)
+    object.__setattr__(model, STATE, State(type(model), plan, family, methods))
+    model.__class__ = _wrapped_class(type(model))
+
+
+def detach(model: nn.Module) -> None:
+    """Undo ``attach``."""
+    state: State = model.__dict__[STATE]
+    model.__class__ = state.original_class
+    object.__delattr__(model, STATE)
+    for name, method in state.instance_methods.items():
+        object.__setattr__(model, name, method)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    cls = _wrapped_class(original)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _wrapped_class(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``original`` under the same name, so that whatever looks at names (config.architectures, pipelines,
+    warnings) sees the model it knows."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, args, kwargs)
+
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _generate(self, args, kwargs)
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        return _rebuild, (original,), self.__dict__.copy()
+
+    members: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": reduce_ex,
+        "forward": functools.wraps(original.forward)(forward),
+    }
+    if hasattr(original, "generate"):
+        members["generate"] = functools.wraps(original.generate)(generate)
+    return type(original.__name__, (original,), members)
+
+
+def _original(model: nn.Module, name: str) -> Any:
+    """The method as it would run without the wrapper."""
+    state: State = model.__dict__[STATE]
+    if name in state.instance_methods:
+        return state.instance_methods[name]
+    return getattr(state.original_class, name).__get__(model)
+
+
+def _bind(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    names = [n for n, p in inspect.signature(method).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        raise TypeError(f"{method.__name__}() takes {len(names)} positional arguments but {len(args)} were given")
+    named = dict(zip(names, args, strict=False))
+    twice = named.keys() & kwargs.keys()
+    if twice:
+        raise TypeError(f"{method.__name__}() got multiple values for argument {sorted(twice)[0]!r}")
+    return {**named, **kwargs}
+
+
+def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    state: State = model.__dict__[STATE]
+    original = _original(model, "forward")
+    call = _running.get()
+    if call is not None and call.state is state:
+        output = original(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            call.meter.after_forward(columns(args, kwargs), output)
+        return output
+    selector, family = state.plan.tokens, state.family
+    if selector is None or family is None:
+        return original(*args, **kwargs)
+    named = _bind(original, args, kwargs)
+    if not _concerns(named):
+        return original(*args, **kwargs)
+    meter = Meter(_device(model, named))
+    request = shorten_request(
+        model, family, selector, named, generating=False, lock=state.lock, clock=meter.clock
+    )
+    if isinstance(request, Untouched):
+        output = original(**named)
+    elif request.keep is None:
+        return original(**request.kwargs)  # a step of a hand-written loop; the report stays that of the prompt
+    else:
+        _check_logits_to_keep(named)
+        output = original(**request.kwargs)
+        output.vlmeff_keep = request.keep
+        attach_record(getattr(output, "past_key_values", None), request.record)
+    meter.after_forward(columns((), named), output)
+    meter.finish()
+    state.report = _make_report(model, state, request, named, meter, new_tokens=None)
+    return output
+
+
+@torch.no_grad()
+def _generate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    state: State = model.__dict__[STATE]
+    original = _original(model, "generate")
+    named = _bind(original, args, kwargs)
+    if "inputs" in named:
+        if named.get("input_ids") is not None and named["inputs"] is not None:
+            raise TypeError("generate() got both inputs and input_ids")
+        inputs = named.pop("inputs")
+        if inputs is not None:
+            named["input_ids"] = inputs
+    meter = Meter(_device(model, named))
+    request: ShortRequest | Untouched = Untouched()
+    if state.plan.tokens is not None and state.family is not None and _concerns(named):
+        request = shorten_request(
+            model, state.family, state.plan.tokens, named, generating=True, lock=state.lock, clock=meter.clock
+        )
+    short = dict(named) if isinstance(request, Untouched) else dict(request.kwargs)
+    input_ids = short.get("input_ids")
+    if isinstance(request, ShortRequest):
+        _reduce_total_lengths(model, short, request.dropped)
+        if short.get("streamer") is not None:
+            short["streamer"] = _PromptRestoringStreamer(short["streamer"], request.prompt_ids)
+    if input_ids is not None:
+        cache = short.get("past_key_values")
+        meter.expect(input_ids.shape[1] - (int(cache.get_seq_length()) if cache is not None else 0))
+    token = _running.set(_Call(state, meter))
+    try:
+        result = original(**short)
+    finally:
+        _running.reset(token)
+    cache = meter.cache
+    meter.finish()
+    if input_ids is None:
+        return result
+    sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
+    new_tokens = sequences.shape[1] - input_ids.shape[1]
+    if isinstance(request, ShortRequest):
+        repeats = len(sequences) // len(request.prompt_ids)
+        prompt = request.prompt_ids.to(sequences.device).repeat_interleave(repeats, 0)
+        sequences = torch.cat([prompt, sequences[:, input_ids.shape[1] :]], 1)
+        attach_record(cache, request.record)
+        if isinstance(result, Tensor):
+            result = sequences
+        else:
+            result.sequences = sequences
+    state.report = _make_report(model, state, request, named, meter, new_tokens=new_tokens)
+    return result
+
+
+def _concerns(named: dict[str, Any]) -> bool:
+    """Whether a request has to do with pictures: decode steps and text prompts take the short way."""
+    return any(named.get(n) is not None for n in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")) or (
+        hasattr(named.get("past_key_values"), RECORD)
+    )
+
+
+def _device(model: nn.Module, named: dict[str, Any]) -> torch.device:
+    ids = named.get("input_ids")
+    return ids.device if isinstance(ids, Tensor) else next(model.parameters()).device
+
+
+def _check_logits_to_keep(named: dict[str, Any]) -> None:
+    if isinstance(named.get("logits_to_keep"), Tensor):
+        raise UnsupportedInputError(
+            "logits_to_keep as a tensor names columns of the unshortened prompt: pass an int (the last columns), or "
+            "select from the logits with outputs.vlmeff_keep."
+        )
+
+
+def _reduce_total_lengths(model: nn.Module, kwargs: dict[str, Any], dropped: int) -> None:
+    """``max_length`` and ``min_length`` count the prompt: take what it lost off them."""
+    config = kwargs.get("generation_config") or model.generation_config
+    changed = {}
+    for name in ("max_length", "min_length"):
+        value = kwargs.get(name, getattr(config, name, None))
+        if value:
+            changed[name] = max(value - dropped, 0)
+    if not changed:
+        return
+    if kwargs.get("generation_config") is not None and not changed.keys() & kwargs.keys():
+        config = copy.deepcopy(config)
+        for name, value in changed.items():
+            setattr(config, name, value)
+        kwargs["generation_config"] = config
+    else:
+        kwargs.update(changed)
+
+
+class _PromptRestoringStreamer:
+    """Hands a streamer the caller's prompt instead of the shortened one."""
+
+    def __init__(self, streamer: Any, prompt_ids: Tensor) -> None:
+        self._streamer, self._prompt = streamer, prompt_ids.cpu()
+        self._started = False
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value if self._started else self._prompt)
+        self._started = True
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+def _make_report(
+    model: nn.Module,
+    state: State,
+    request: ShortRequest | Untouched,
+    named: dict[str, Any],
+    meter: Meter,
+    *,
+    new_tokens: int | None,
+) -> Report:
+    plan = request.plan
+    ids = named.get("input_ids")
+    if isinstance(request, ShortRequest):
+        before, after, dropped = request.tokens_before, request.tokens_after, request.dropped
+    else:
+        mask = named.get("attention_mask")
+        before = 0 if ids is None else (ids.numel() if mask is None or mask.ndim != 2 else int(mask.sum()))
+        after, dropped = before, 0
+    figures = meter.figures()
+    full = figures["kv_bytes"]
+    if full and meter.cache_length:
+        full = round(full * (meter.cache_length + dropped) / meter.cache_length)
+    token_id = getattr(model.config, "image_token_id", None)
+    visual = 0 if ids is None or token_id is None else int((ids == token_id).sum())
+    return Report(
+        method=state.plan.method_name,
+        preset=state.plan.preset,
+        rows=0 if ids is None else len(ids),
+        visual_tokens_before=plan.n_before if plan else visual,
+        visual_tokens_after=plan.n_after if plan else visual,
+        prompt_tokens_before=before,
+        prompt_tokens_after=after,
+        new_tokens=new_tokens,
+        kv_bytes_full=full,
+        prefill_gflops_before=None if ids is None else text_flops(model, ids, before),
+        prefill_gflops_after=None if ids is None else text_flops(model, ids, after),
+        plan=plan,
+        **figures,
+    )

@@ -1,0 +1,84 @@
+"""``wrap`` and ``unwrap``: resolve what was asked for, pick the runtime, attach or detach it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from tokenpruning import Selector
+from vlmeff import zoo
+from vlmeff.config import make_plan
+from vlmeff.errors import ConfigError, UnsupportedModelError
+from vlmeff.vlm.wrapped import STATE, attach, detach
+
+M = TypeVar("M")
+
+
+def wrap(
+    model: M,
+    preset: str | None = "fast",
+    *,
+    tokens: Selector | str | None = None,
+    kv: object = None,
+    text_speculation: object = None,
+    quant: object = None,
+    draft: object = None,
+    **overrides: Any,
+) -> M:
+    """Make a model cheaper to run without changing how it is called.
+
+    The same object comes back. It stays an instance of its own class, takes the same calls and keeps the same output
+    contract: ``out[:, :input_ids.shape[1]]`` of ``generate`` is the caller's prompt. Wrapping again replaces the
+    configuration.
+
+    Args:
+        model: a transformers vision-language model (``vlmeff.presets()`` and the README list what is supported).
+        preset: a name from ``model_zoo.yaml``; None applies only what is named.
+        tokens: a token reduction method (``vlmeff.HiPrune(keep=0.5)``) or its name; replaces the preset's.
+        kv, text_speculation, quant, draft: must be None in this version.
+        **overrides: fields of the token method, for example ``keep=0.5``.
+    Raises:
+        UnsupportedModelError: nothing of what was asked for applies to this model.
+        UnknownPresetError, UnknownNameError, ConfigError: an argument cannot work; the message names it.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"wrap: {type(model).__name__} is not a transformers model. Pass the model object itself, for example "
+            "AutoModelForImageTextToText.from_pretrained(...)."
+        )
+    unavailable = {"kv": kv, "text_speculation": text_speculation, "quant": quant, "draft": draft}
+    plan, family = make_plan(model, preset, tokens=tokens, unavailable=unavailable, overrides=overrides)
+    attach(model, plan, family)
+    return model
+
+
+def unwrap(model: M) -> M:
+    """Give back exactly the model that was wrapped. A model that is not wrapped is an error."""
+    if not is_wrapped(model):
+        raise ConfigError("unwrap: the model is not wrapped.")
+    assert isinstance(model, nn.Module)
+    detach(model)
+    return model
+
+
+def is_wrapped(model: object) -> bool:
+    """Whether ``wrap`` is in force on this object."""
+    return STATE in getattr(model, "__dict__", {})
+
+
+class PresetTable(list["zoo.PresetRow"]):
+    """Rows of ``presets``; prints as a table."""
+
+    def __str__(self) -> str:
+        cells = [("preset", "status", "tokens", "steps", "summary")]
+        for row in self:
+            tokens = "" if row.tokens_in is None else f"{row.tokens_in} -> {row.tokens_kept}"
+            cells.append((row.preset, row.status or "", tokens, row.steps, row.summary))
+        widths = [max(len(c[i]) for c in cells) for i in range(5)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def presets(model: nn.Module | None = None) -> PresetTable:
+    """The presets of the model zoo; with a model, what each is for it and how far it is proven."""
+    return PresetTable(zoo.preset_table(model))

@@ -1,0 +1,506 @@
+"""The schema of ``model_zoo.yaml`` (``vlmeff.zoo/1``) and the rules its content obeys. Internal to ``vlmeff.zoo``.
+
+Models say what a checkpoint is, presets how it is run, entries join the two with evidence. Problems are readable lines
+that start with a code: E-ZOO-01 schema or content, E-ZOO-02 override without permission, E-ZOO-03 verified without
+evidence. Checks that need the method registry (torch) or other files stand in ``vlmeff.zoo``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Hashable, Iterator
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import yaml
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import ErrorDetails
+
+LONGEST_LIST, LONGEST_WORD = 64, 200  # beyond: data or weights, which do not belong into the zoo
+ABSOLUTE_PATH = re.compile(r"^(?:/|~|[A-Za-z]:[\\/]|file:)|(?<![^\s\"'(=])(?:~?(?:/[\w.\-]+){2,}|[A-Za-z]:\\\w)")
+SECRET = re.compile(r"\b(?:hf_|gh[pousr]_|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_\-]{12,}|PRIVATE KEY")
+
+Status = Literal["verified", "reported", "experimental", "broken", "fixture"]
+STATUSES: tuple[str, ...] = get_args(Status)
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a zoo file; its text is one line."""
+
+    code: Literal["E-ZOO-01", "E-ZOO-02", "E-ZOO-03"]
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.where}: {' '.join(self.message.split())}"
+
+
+def _licence(value: str) -> str:
+    try:
+        return canonicalize_license_expression(value)
+    except InvalidLicenseExpression:
+        raise ValueError(f"{value!r} is neither an SPDX id nor LicenseRef-...; use null when it is not known") from None
+
+
+def _specifier(value: str) -> str:
+    try:
+        SpecifierSet(value)
+    except InvalidSpecifier:
+        raise ValueError(f'{value!r} is not a version range such as ">=5.18,<6"') from None
+    return value
+
+
+def _budget(value: object) -> object:
+    if (type(value) is int and value >= 1) or (isinstance(value, float) and 0 < value <= 1):
+        return value
+    raise ValueError(f"{value!r} is not a budget; use an int >= 1 (tokens per image) or a share in (0, 1]")
+
+
+def _relative(value: str) -> str:
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{value!r} must be a path below the zoo file's folder")
+    return value
+
+
+def _yes_no(value: object) -> object:
+    # YAML 1.1 reads an unquoted yes or no as a boolean.
+    return ("no", "yes")[value] if isinstance(value, bool) else value
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.\-]*$")]
+EntryName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.\-]*(/[a-z0-9.\-]+)?$")]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Url = Annotated[str, StringConstraints(pattern=r"^https://\S+$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Licence = Annotated[str, AfterValidator(_licence)]
+Budget = Annotated[int | float, BeforeValidator(_budget)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Lines = Annotated[tuple[Text, ...], Field(strict=False)]  # strict mode would refuse YAML's lists
+Pair = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
+Params = dict[str, bool | int | float | str | list[Any] | dict[str, Any] | None]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, value: object) -> object:
+        """pydantic's own message for an unknown key does not list the known ones."""
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        unknown = [key for key in value if key not in known] if isinstance(value, dict) else []
+        if unknown:
+            raise ValueError("; ".join(f"unknown key {key!r}{_near(key, known)}" for key in unknown))
+        return value
+
+
+def _near(name: object, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else f" (known: {', '.join(sorted(known))})"
+
+
+class FixedTokens(_Record):
+    """A tower with one input size: ``grid`` (height, width) tokens for every picture of ``image_size`` pixels."""
+
+    kind: Literal["fixed"]
+    per_image: PositiveInt
+    grid: Pair
+    patch: PositiveInt
+    image_size: PositiveInt
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FixedTokens:
+        if self.grid != (self.image_size // self.patch,) * 2 or self.per_image != math.prod(self.grid):
+            raise ValueError(
+                f"{self.image_size} px in {self.patch} px patches is not a grid of {self.grid[0]} x {self.grid[1]} "
+                f"= {self.per_image} tokens"
+            )
+        return self
+
+    def count(self, height: int, width: int) -> int:
+        """Tokens of a picture of ``height`` x ``width`` pixels: the size does not matter here."""
+        return self.per_image
+
+
+class DynamicTokens(_Record):
+    """A tower that follows the picture's size (Qwen-VL): one token per square of ``pixels_per_token`` pixels.
+
+    ``min`` and ``max`` bound the tokens of one picture; ``temporal_patch`` frames of a video share their tokens.
+    """
+
+    kind: Literal["dynamic"]
+    pixels_per_token: PositiveInt
+    min: PositiveInt
+    max: PositiveInt
+    temporal_patch: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DynamicTokens:
+        if math.isqrt(self.pixels_per_token) ** 2 != self.pixels_per_token:
+            raise ValueError(f"pixels_per_token {self.pixels_per_token} is not the area of a square")
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} exceeds max {self.max}")
+        return self
+
+    def count(self, height: int, width: int) -> int:
+        """Tokens of a picture of ``height`` x ``width`` pixels.
+
+        Same steps as ``smart_resize`` of transformers' Qwen2-VL image processor, in tokens instead of pixels.
+        """
+        side = math.isqrt(self.pixels_per_token)
+        rows, columns = round(height / side), round(width / side)
+        if rows * columns > self.max:
+            beta = math.sqrt(height * width / (self.max * self.pixels_per_token))
+            rows = max(1, math.floor(height / beta / side))
+            columns = max(1, math.floor(width / beta / side))
+        elif rows * columns < self.min:
+            beta = math.sqrt(self.min * self.pixels_per_token / (height * width))
+            rows, columns = math.ceil(height * beta / side), math.ceil(width * beta / side)
+        return rows * columns
+
+
+class Vision(_Record):
+    """The vision tower. ``select_layer`` is the ``vision_feature_layer``."""
+
+    tower: Text
+    layers: PositiveInt
+    hidden: PositiveInt | None = None
+    select_layer: int
+    has_cls: bool
+
+
+class Decoder(_Record):
+    """The language model's geometry."""
+
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+
+
+class ModelRecord(_Record):
+    """What a checkpoint is: source, licence, geometry.
+
+    ``family`` is the ``model_type`` of the transformers configuration. ``method_params`` holds, per method, parameters
+    that depend on the model (HiPrune's object layer); they win over a preset's and lose to an entry's.
+    """
+
+    name: SkipJsonSchema[str] = ""  # the key in ``models``, written by ``_named``
+    override: bool = False
+    hub_id: Annotated[str, StringConstraints(pattern=r"^[\w.\-]+/[\w.\-]+$")] | None = None
+    embedded: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")] | None = None
+    revision: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{40}|sha256:[0-9a-f]{64})$")] | None
+    license: Licence | None
+    license_url: Url | None = None
+    gated: bool = False
+    commercial_use: Annotated[Literal["yes", "no", "conditional"], BeforeValidator(_yes_no)]
+    family: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+    task: Text
+    transformers: Annotated[str, AfterValidator(_specifier)] | None = None
+    visual_tokens: Annotated[FixedTokens | DynamicTokens, Field(discriminator="kind")] | None = None
+    vision: Vision | None = None
+    llm: Decoder | None = None
+    method_params: dict[str, Params] = {}
+    notes: Lines = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelRecord:
+        if (self.hub_id is None) == (self.embedded is None):
+            raise ValueError("give either hub_id or embedded")
+        if self.revision is not None and self.revision.startswith("sha256:") != (self.embedded is not None):
+            raise ValueError("revision is the commit (40 hex digits) of a hub model, sha256:<hex> of an embedded one")
+        if self.license is not None and self.license_url is None:
+            raise ValueError("license needs license_url")
+        if self.task == "image-text-to-text" and None in (self.visual_tokens, self.vision, self.llm):
+            raise ValueError("task image-text-to-text needs visual_tokens, vision and llm")
+        return self
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether ``revision`` names one state of the weights (all zeros is a placeholder)."""
+        return self.revision is not None and set(self.revision.removeprefix("sha256:")) != {"0"}
+
+
+class Artefact(_Record):
+    """A file that a method needs besides the model, such as a PrefixKV recipe."""
+
+    source: Text
+    sha256: Sha256 | None = None
+    license: Licence | None = None
+    license_url: Url | None = None
+
+
+class StepRecord(_Record):
+    """One technique of a preset: ``keep`` for visual tokens, ``keep_ratio`` for KV retention, neither for others."""
+
+    method: Text
+    keep: Budget | None = None
+    keep_ratio: Share | None = None
+    params: Params = {}
+    artefact: Artefact | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StepRecord:
+        if self.keep is not None and self.keep_ratio is not None:
+            raise ValueError("give keep or keep_ratio, not both")
+        return self
+
+
+class Preset(_Record):
+    """How a model is run, whatever the model."""
+
+    name: SkipJsonSchema[str] = ""  # the key in ``presets``, written by ``_named``
+    override: bool = False
+    summary: Text
+    steps: Annotated[tuple[StepRecord, ...], Field(strict=False, min_length=1)]
+    notes: Lines = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Preset:
+        methods = [step.method for step in self.steps]
+        if len(set(methods)) != len(methods):
+            raise ValueError("a method occurs in more than one step")
+        return self
+
+
+class StepOverride(_Record):
+    """What an entry changes in the step of one method."""
+
+    keep: Budget | None = None
+    keep_ratio: Share | None = None
+    params: Params = {}
+
+
+class KeptTokens(_Record):
+    """Visual tokens of one picture before and after reduction."""
+
+    tokens_in: PositiveInt = Field(alias="in")
+    kept: PositiveInt
+
+
+class Example(KeptTokens):
+    """``image``: (height, width) in pixels."""
+
+    image: Pair
+
+
+class TokenFormula(_Record):
+    """Tokens of a model of dynamic resolution: a formula for the reader and examples that are checked."""
+
+    formula: Text
+    examples: Annotated[tuple[Example, ...], Field(strict=False, min_length=3)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenFormula:
+        if len({example.image for example in self.examples}) != len(self.examples):
+            raise ValueError("the examples repeat an image size")
+        return self
+
+
+def _token_kind(value: object) -> str:
+    is_formula = isinstance(value, TokenFormula) or (isinstance(value, dict) and {"formula", "examples"} & value.keys())
+    return "dynamic" if is_formula else "fixed"
+
+
+EntryTokens = Annotated[
+    Annotated[KeptTokens, Tag("fixed")] | Annotated[TokenFormula, Tag("dynamic")], Discriminator(_token_kind)
+]
+
+
+class Expected(_Record):
+    """A score that we measured: the unwrapped model's (``baseline``) and the preset's (``value``) over n documents."""
+
+    benchmark: Text
+    metric: Text
+    n: PositiveInt
+    baseline: float
+    value: float
+    tolerance: NonNegativeFloat
+    unit: Literal["points", "share", "score"] = "points"
+
+
+class Cost(_Record):
+    """Deterministic cost relative to the unwrapped model."""
+
+    kv_ratio: PositiveFloat | None = None
+    prefill_gflops_ratio: PositiveFloat | None = None
+
+
+class Latency(_Record):
+    """Measured on one device; informative, never asserted on another."""
+
+    device: Text
+    dtype: Text
+    ttft_speedup: PositiveFloat
+    n: PositiveInt
+
+
+class Evidence(_Record):
+    """The result file behind ``expected``; ``results`` is relative to the zoo file's folder."""
+
+    results: Annotated[str, AfterValidator(_relative)]
+    sha256: Sha256
+    vlmeff: Text
+    transformers: Text
+    torch: Text
+    date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")]
+    by: Text
+
+
+class PaperFigures(_Record):
+    """Scores as printed in a paper, by benchmark, in its units."""
+
+    budget: Text
+    unpruned: dict[str, float]
+    pruned: dict[str, float]
+    relative_mean_percent: float | None = None
+
+    def pairs(self) -> dict[str, tuple[float, float]]:
+        """(unpruned, pruned) by benchmark."""
+        return {name: (self.unpruned[name], value) for name, value in self.pruned.items() if name in self.unpruned}
+
+
+class Paper(_Record):
+    """What a paper says, apart from what we measured."""
+
+    title: Text
+    arxiv: Annotated[str, StringConstraints(pattern=r"^\d{4}\.\d{4,5}$")] | None = None
+    table: Text | None = None
+    reported: PaperFigures
+
+
+class Entry(_Record):
+    """A preset on a model, with what is known about the pair.
+
+    ``overrides`` is keyed by method. ``fixture`` entries serve tests and the demo; they recommend nothing.
+    """
+
+    name: EntryName
+    override: bool = False
+    model: Name
+    preset: Name
+    overrides: dict[str, StepOverride] = {}
+    status: Status
+    tokens: EntryTokens | None = None
+    expected: Annotated[tuple[Expected, ...], Field(strict=False)] = ()
+    cost: Cost | None = None
+    latency: Latency | None = None
+    evidence: Evidence | None = None
+    paper: Paper | None = None
+    notes: Lines = ()
+    supersedes: EntryName | None = None
+
+
+def _named(value: object) -> object:
+    """Write each key of a mapping of records into its record: a record should know its name."""
+    if not isinstance(value, dict):
+        return value
+    for key, record in value.items():
+        if isinstance(record, dict) and "name" in record:
+            raise ValueError(f"{key}: unknown key 'name'; the name is the key {key!r} itself")
+    return {key: {**record, "name": str(key)} if isinstance(record, dict) else record for key, record in value.items()}
+
+
+class ZooFile(_Record):
+    """One zoo file. Each part may be absent in a file that extends the shipped one."""
+
+    schema_: Literal["vlmeff.zoo/1"] = Field(alias="schema")
+    models: Annotated[dict[Name, ModelRecord], BeforeValidator(_named)] = {}
+    presets: Annotated[dict[Name, Preset], BeforeValidator(_named)] = {}
+    entries: Annotated[tuple[Entry, ...], Field(strict=False)] = ()
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """safe_load that refuses a key that occurs twice; the plain one keeps the last and drops the rest."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                mark = node.value[i][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} occurs twice in one mapping", problem_mark=mark)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+
+# Dates stay text, as in JSON.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse(text: str) -> tuple[ZooFile | None, list[Problem]]:
+    """Read the text of a zoo file: the file, or None and what is wrong with it (syntax, schema, rule 8)."""
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else "file"
+        return None, [Problem("E-ZOO-01", where, getattr(error, "problem", None) or str(error))]
+    try:
+        file, found = ZooFile.model_validate(raw), []
+    except ValidationError as error:
+        file, found = None, [(item["loc"], _message(item)) for item in error.errors(include_url=False)]
+    found += _foreign(raw, ())
+    return None if found else file, [Problem("E-ZOO-01", _place(raw, loc), message) for loc, message in found]
+
+
+def _message(item: ErrorDetails) -> str:
+    show = item["type"] != "value_error" and isinstance(item["input"], str | int | float)
+    return item["msg"].removeprefix("Value error, ") + (f", not {item['input']!r}" if show else "")
+
+
+def _foreign(value: object, where: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], str]]:
+    """Rule 8: no weights, no data, no absolute paths, no access tokens."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _foreign(key, where)
+            yield from _foreign(item, (*where, key))
+    elif isinstance(value, list):
+        if sum(isinstance(item, int | float) for item in value) > LONGEST_LIST:
+            yield where, f"a list of {len(value)} numbers is data or weights; put it into a file of its own"
+        for i, item in enumerate(value):
+            yield from _foreign(item, (*where, i))
+    elif isinstance(value, bytes):
+        yield where, "binary data does not belong into the zoo"
+    elif isinstance(value, str):
+        if SECRET.search(value):
+            yield where, "this looks like an access token; remove and revoke it"  # never repeat it
+        elif value.startswith("data:") or max(map(len, value.split()), default=0) > LONGEST_WORD:
+            yield where, "encoded data does not belong into the zoo"
+        elif ABSOLUTE_PATH.search(value):
+            yield where, f"{value!r} holds an absolute path, which means nothing on another machine"
+
+
+def _place(raw: object, loc: tuple[int | str, ...]) -> str:
+    """pydantic's location as a path into the file, without its union tags, with the names of entries."""
+    text, node = "", raw
+    for i, part in enumerate(loc):
+        if isinstance(part, int) and isinstance(node, list) and part < len(node):
+            text, node = f"{text}[{part}]", node[part]
+            if isinstance(node, dict) and isinstance(node.get("name"), str):
+                text += f" ({node['name']})"
+        elif isinstance(node, dict) and (part in node or i == len(loc) - 1):
+            text, node = f"{text}.{part}" if text else str(part), node.get(part)
+    return text or "file"
