@@ -24,7 +24,7 @@ class Segment:
 
     grid: tuple[int, int]
     scores: Mapping[str, Tensor] = field(default_factory=dict)
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
     @property
     def size(self) -> int:

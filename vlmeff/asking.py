@@ -9,11 +9,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from vlmeff import zoo
 from vlmeff.errors import ConfigError, UnsupportedModelError
 from vlmeff.loading import load
 from vlmeff.reporting import Report, measure, report
 from vlmeff.vlm.overlay import draw_overlay, picture_seen
-from vlmeff.wrapping import wrap
+from vlmeff.wrapping import unwrap, wrap
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def ask_picture(
 
     Each measured run follows ``warmup`` unmeasured ones, so that neither pays for what is set up once.
     """
+    zoo.resolve(model, preset)  # a misspelt preset is refused before the model is loaded
     progress(f"loading {model}")
     vlm, processor = load(model, device=device, dtype=dtype)
     if not hasattr(processor, "image_processor"):
@@ -90,8 +92,6 @@ def ask_picture(
 
     runs = []
     if compare:
-        from vlmeff.wrapping import unwrap
-
         unwrap(vlm)
         for _ in range(warmup):
             progress("warming up the unwrapped model")

@@ -57,7 +57,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
 ) -> None:
     """Options before the command."""
 
@@ -147,15 +149,12 @@ def presets(
     """List the presets."""
     from vlmeff import zoo
 
-    known = zoo.load_zoo()
-    if model is not None and model in known.models:
-        rows = zoo.preset_table_of(model)
-    elif model is not None:
+    subject: Any = model
+    if model is not None and zoo.find_model(model) is None:
         from vlmeff.loading import load
 
-        rows = zoo.preset_table(load(model)[0])
-    else:
-        rows = zoo.preset_table(None)
+        subject = load(model)[0]
+    rows = zoo.preset_table(subject)
     table = Table(show_edge=False)
     for column in ("preset", "status", "tokens", "steps", "summary"):
         table.add_column(column, overflow="fold")
@@ -172,13 +171,16 @@ def zoo_list(
 ) -> None:
     """List the entries: which preset on which model, and how far it is proven."""
     from vlmeff import zoo
+    from vlmeff.zoo_schema import KeptTokens
 
     table = Table(show_edge=False)
     for column in ("entry", "status", "tokens", "licence"):
         table.add_column(column)
     known = zoo.load_zoo()
     for entry in zoo.list_entries(task=task, status=status):
-        tokens = "" if entry.tokens is None else f"{entry.tokens.in_} -> {entry.tokens.kept}"
+        kept = entry.tokens
+        # Models of dynamic resolution have a formula instead.
+        tokens = f"{kept.tokens_in} -> {kept.kept}" if isinstance(kept, KeptTokens) else "dynamic"
         table.add_row(entry.name, entry.status, tokens, known.models[entry.model].license)
     out.print(table)
 
@@ -189,22 +191,29 @@ def zoo_show(name: Annotated[str, typer.Argument(help="An entry, a model or a pr
     import yaml
 
     from vlmeff import zoo
+    from vlmeff.errors import UnknownModelError
 
-    print(yaml.safe_dump(zoo.describe(name), sort_keys=False, allow_unicode=True), end="")
+    known = zoo.load_zoo()
+    record = known.entries.get(name) or known.models.get(name) or known.presets.get(name)
+    if record is None:
+        raise UnknownModelError("zoo record", name, [*known.entries, *known.models, *known.presets])
+    plain = record.model_dump(mode="json", by_alias=True, exclude_none=True)
+    print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
 
 
 @zoo_app.command("validate")
-def zoo_validate(file: Annotated[Path | None, typer.Argument(help="A zoo file; the shipped one when left out.")] = None) -> None:
+def zoo_validate(
+    file: Annotated[Path | None, typer.Argument(help="A zoo file; the shipped one when left out.")] = None,
+) -> None:
     """Check a zoo file against the schema and the rules."""
     from vlmeff import zoo
 
-    path = file or zoo.shipped_file()
-    problems = zoo.validate_file(path)
+    problems = zoo.validate_file(file)
     for problem in problems:
         err.print(problem, highlight=False, markup=False, soft_wrap=True)
     if problems:
         raise typer.Exit(2)
-    out.print(f"{path.name}: valid")
+    out.print(f"{file.name if file else 'model_zoo.yaml'}: valid")
 
 
 @zoo_app.command("schema")

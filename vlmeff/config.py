@@ -32,7 +32,7 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module,
+    model: Any,
     preset: str | None,
     *,
     tokens: Selector | str | None,
@@ -84,7 +84,9 @@ def make_plan(
         return Plan(preset=preset, entry=entry), None
     if not is_vlm(model):
         if by_name:
-            raise UnsupportedModelError(f"tokens: {type(model).__name__} takes no pictures, so it has no visual tokens.")
+            raise UnsupportedModelError(
+                f"tokens: {type(model).__name__} takes no pictures, so it has no visual tokens."
+            )
         raise UnsupportedModelError(
             f"preset {preset!r} has only a token step, and {type(model).__name__} takes no pictures."
         )

@@ -162,7 +162,7 @@ class Measured:
 
 
 @contextmanager
-def measure(model: nn.Module, inputs: dict[str, Any], *, name: str = "unwrapped") -> Iterator[Measured]:
+def measure(model: Any, inputs: dict[str, Any], *, name: str = "unwrapped") -> Iterator[Measured]:
     """Measure one ``generate`` call of an unwrapped model the way a wrapped one measures itself.
 
     Args:
@@ -176,7 +176,7 @@ def measure(model: nn.Module, inputs: dict[str, Any], *, name: str = "unwrapped"
     meter = Meter(input_ids.device)
     meter.expect(input_ids.shape[1])
 
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         meter.after_forward(columns(args, kwargs), output)
 
     handle = model.register_forward_hook(hook, with_kwargs=True)
@@ -209,7 +209,7 @@ def columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 0 if ids is None else ids.shape[1]
 
 
-def text_flops(model: nn.Module, input_ids: Tensor, prompt_tokens: int) -> float | None:
+def text_flops(model: Any, input_ids: Tensor, prompt_tokens: int) -> float | None:
     """Counted GFLOP of the language model's prefill, rows taken as equally long; None for an unknown config."""
     config = model.config.get_text_config()
     if not hasattr(config, "intermediate_size") or not hasattr(config, "num_attention_heads"):
@@ -218,7 +218,7 @@ def text_flops(model: nn.Module, input_ids: Tensor, prompt_tokens: int) -> float
     return rows * prefill_flops(config, round(prompt_tokens / rows)) / 1e9
 
 
-def report(model: nn.Module) -> Report:
+def report(model: Any) -> Report:
     """What the last call of a wrapped model did.
 
     Raises:

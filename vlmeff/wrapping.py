@@ -79,6 +79,6 @@ class PresetTable(list["zoo.PresetRow"]):
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def presets(model: nn.Module | None = None) -> PresetTable:
+def presets(model: Any | None = None) -> PresetTable:
     """The presets of the model zoo; with a model, what each is for it and how far it is proven."""
     return PresetTable(zoo.preset_table(model))

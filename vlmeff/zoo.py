@@ -1,7 +1,8 @@
 """The model zoo: presets, models and what is known about each pair, from ``model_zoo.yaml``.
 
 ``VLMEFF_ZOO`` names further files (separated as in PATH) that may add records, and replace one that exists only where
-the new record says ``override: true``. The schema and most of its rules stand in ``vlmeff.zoo_schema``.
+the new record says ``override: true``. What one record looks like stands in ``vlmeff.zoo_schema``; the rules across
+records stand here.
 """
 
 from __future__ import annotations
@@ -34,12 +35,8 @@ from vlmeff.zoo_schema import (
 )
 
 R = TypeVar("R", ModelRecord, Preset, Entry)
-PIXELS_PER_TOKEN = {  # (patch * merge) squared, from the config defaults of transformers 5.23
-    "qwen2_vl": 784,
-    "qwen2_5_vl": 784,
-    "qwen3_vl": 1024,
-    "qwen3_vl_moe": 1024,
-}
+# (patch * merge) squared, from the config defaults of transformers 5.23.
+PIXELS_PER_TOKEN = {"qwen2_vl": 784, "qwen2_5_vl": 784, "qwen3_vl": 1024, "qwen3_vl_moe": 1024}
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def resolve(model: object, preset: str) -> ResolvedPreset:
     the entry's ``overrides``. A preset on a model without an entry has status None: the caller warns.
 
     Args:
-        model: a live model, a zoo name or a hub id.
+        model: a live model, a zoo name or a hub id; one that the zoo does not know is a model without an entry.
         preset: "fast", or an entry such as "llava-1.5-7b/fast".
 
     Raises:
@@ -222,7 +219,9 @@ def validate_file(path: str | os.PathLike[str] | None = None, *, standalone: boo
         zoo, problems = _merge(Zoo({}, {}, {}) if alone else _load((_stamp(shipped),)), file, path)
         if not problems:
             problems = [*_check_methods(zoo, file), *_check_tokens(zoo, file)]
-            if path.parent != Path(__file__).parent:  # an installed copy comes without the result files
+            if (
+                path.resolve().parent != Path(__file__).resolve().parent
+            ):  # an installed copy comes without the result files
                 problems += _check_evidence(file, path.parent)
     return [str(problem) for problem in problems]
 
@@ -286,8 +285,8 @@ def _merge(zoo: Zoo, file: ZooFile, path: Path) -> tuple[Zoo, list[Problem]]:
 
 
 def _joined(kind: str, old: Mapping[str, R], new: Mapping[str, R], problems: list[Problem]) -> Mapping[str, R]:
-    for name in old.keys() & new.keys():
-        if not new[name].override:
+    for name, record in new.items():
+        if name in old and not record.override:
             message = "an earlier file has this name; say override: true to replace it"
             problems.append(Problem("E-ZOO-02", f"{kind} ({name})", message))
     return MappingProxyType({**old, **new})
@@ -480,8 +479,8 @@ def _has_geometry(model: object, record: ModelRecord) -> bool:
         return False
     if tokens is None or record.vision is None or record.llm is None:
         return False
-    sizes = [
-        (record.vision.layers, vision, "num_hidden_layers"),  # Qwen's "depth" answers to this name too
+    sizes: list[tuple[float | None, Any, str]] = [
+        (record.vision.layers, vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers"),
         (record.vision.hidden, vision, "hidden_size"),
         (record.llm.layers, text, "num_hidden_layers"),
         (record.llm.hidden, text, "hidden_size"),
@@ -490,8 +489,8 @@ def _has_geometry(model: object, record: ModelRecord) -> bool:
     ]
     if isinstance(tokens, FixedTokens):
         sizes += [(tokens.patch, vision, "patch_size"), (tokens.image_size, vision, "image_size")]
-    elif math.isqrt(tokens.pixels_per_token) != getattr(vision, "patch_size", 0) * getattr(
-        vision, "spatial_merge_size", 1
-    ):
-        return False
+    else:
+        sizes.append(
+            (math.isqrt(tokens.pixels_per_token) / getattr(vision, "spatial_merge_size", 1), vision, "patch_size")
+        )
     return all(stated is None or stated == getattr(config, name, None) for stated, config, name in sizes)

@@ -1,8 +1,7 @@
-"""The schema of ``model_zoo.yaml`` (``vlmeff.zoo/1``) and the rules its content obeys. Internal to ``vlmeff.zoo``.
+"""The shape of ``model_zoo.yaml`` (schema ``vlmeff.zoo/1``) and how it is read.
 
-Models say what a checkpoint is, presets how it is run, entries join the two with evidence. Problems are readable lines
-that start with a code: E-ZOO-01 schema or content, E-ZOO-02 override without permission, E-ZOO-03 verified without
-evidence. Checks that need the method registry (torch) or other files stand in ``vlmeff.zoo``.
+Models say what a checkpoint is, presets how it is run, entries join the two with evidence. Here stands what one record
+shows by itself; rules across records stand in ``vlmeff.zoo``.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
@@ -36,7 +34,7 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import ErrorDetails
 
 LONGEST_LIST, LONGEST_WORD = 64, 200  # beyond: data or weights, which do not belong into the zoo
-ABSOLUTE_PATH = re.compile(r"^(?:/|~|[A-Za-z]:[\\/]|file:)|(?<![^\s\"'(=])(?:~?(?:/[\w.\-]+){2,}|[A-Za-z]:\\\w)")
+ABSOLUTE_PATH = re.compile(r"^(?:~?/|[A-Za-z]:[\\/]|file:)|(?<![^\s\"'(=])(?:~?(?:/[\w.\-]+){2,}|[A-Za-z]:\\\w)")
 SECRET = re.compile(r"\b(?:hf_|gh[pousr]_|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_\-]{12,}|PRIVATE KEY")
 
 Status = Literal["verified", "reported", "experimental", "broken", "fixture"]
@@ -44,7 +42,10 @@ STATUSES: tuple[str, ...] = get_args(Status)
 
 
 class Problem(NamedTuple):
-    """One thing wrong with a zoo file; its text is one line."""
+    """One thing wrong with a zoo file; its text is one line.
+
+    E-ZOO-01 schema or content, E-ZOO-02 override without permission, E-ZOO-03 verified without evidence.
+    """
 
     code: Literal["E-ZOO-01", "E-ZOO-02", "E-ZOO-03"]
     where: str
@@ -107,16 +108,15 @@ class _Record(BaseModel):
     @classmethod
     def _name_unknown_keys(cls, value: object) -> object:
         """pydantic's own message for an unknown key does not list the known ones."""
-        known = [field.alias or name for name, field in cls.model_fields.items()]
+        known = sorted(field.alias or name for name, field in cls.model_fields.items())
         unknown = [key for key in value if key not in known] if isinstance(value, dict) else []
-        if unknown:
-            raise ValueError("; ".join(f"unknown key {key!r}{_near(key, known)}" for key in unknown))
+        problems = []
+        for key in unknown:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            problems.append(f"unknown key {key!r}, " + (f"did you mean {near[0]!r}?" if near else f"known: {known}"))
+        if problems:
+            raise ValueError("; ".join(problems))
         return value
-
-
-def _near(name: object, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else f" (known: {', '.join(sorted(known))})"
 
 
 class FixedTokens(_Record):
@@ -131,10 +131,7 @@ class FixedTokens(_Record):
     @model_validator(mode="after")
     def _consistent(self) -> FixedTokens:
         if self.grid != (self.image_size // self.patch,) * 2 or self.per_image != math.prod(self.grid):
-            raise ValueError(
-                f"{self.image_size} px in {self.patch} px patches is not a grid of {self.grid[0]} x {self.grid[1]} "
-                f"= {self.per_image} tokens"
-            )
+            raise ValueError(f"grid or per_image is not what {self.image_size} px in patches of {self.patch} px give")
         return self
 
     def count(self, height: int, width: int) -> int:
@@ -190,8 +187,6 @@ class Vision(_Record):
 
 
 class Decoder(_Record):
-    """The language model's geometry."""
-
     layers: PositiveInt
     hidden: PositiveInt
     heads: PositiveInt
@@ -336,7 +331,7 @@ class Expected(_Record):
     n: PositiveInt
     baseline: float
     value: float
-    tolerance: NonNegativeFloat
+    tolerance: Annotated[float, Field(ge=0)]
     unit: Literal["points", "share", "score"] = "points"
 
 
@@ -376,8 +371,7 @@ class PaperFigures(_Record):
     pruned: dict[str, float]
     relative_mean_percent: float | None = None
 
-    def pairs(self) -> dict[str, tuple[float, float]]:
-        """(unpruned, pruned) by benchmark."""
+    def pairs(self) -> dict[str, tuple[float, float]]:  # benchmark: (unpruned, pruned)
         return {name: (self.unpruned[name], value) for name, value in self.pruned.items() if name in self.unpruned}
 
 
@@ -431,7 +425,7 @@ class ZooFile(_Record):
     entries: Annotated[tuple[Entry, ...], Field(strict=False)] = ()
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """safe_load that refuses a key that occurs twice; the plain one keeps the last and drops the rest."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -440,7 +434,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             if key in keys[:i]:
                 mark = node.value[i][0].start_mark
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} occurs twice in one mapping", problem_mark=mark)
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+        return super().construct_mapping(node, deep)
 
 
 # Dates stay text, as in JSON.
@@ -501,6 +495,6 @@ def _place(raw: object, loc: tuple[int | str, ...]) -> str:
             text, node = f"{text}[{part}]", node[part]
             if isinstance(node, dict) and isinstance(node.get("name"), str):
                 text += f" ({node['name']})"
-        elif isinstance(node, dict) and (part in node or i == len(loc) - 1):
+        elif isinstance(node, dict) and (part in node or i == len(loc) - 1) and part != "[key]":
             text, node = f"{text}.{part}" if text else str(part), node.get(part)
     return text or "file"

@@ -14,14 +14,42 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-IMAGE, VIDEO, PAD, VOCABULARY = 5, 6, 0, 120
+IMAGE, VIDEO, VISION_START, VISION_END, PAD, VOCABULARY = 5, 6, 7, 8, 0, 120
+SPECIAL = [IMAGE, VIDEO, VISION_START, VISION_END]
+MODELS = ["llava", "qwen2_5_vl"]
 
 
-def tiny_llava(*, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0, **vision: Any):
+def tiny(name: str, **options: Any):
+    """The tiny model of ``MODELS`` under this name."""
+    return {"llava": tiny_llava, "qwen2_5_vl": tiny_qwen2_5_vl}[name](**options)
+
+
+def prompts(model: Any, pictures: list[int], *, seed: int = 1) -> dict[str, torch.Tensor]:
+    """A left-padded batch for either model: ``pictures[i]`` pictures in row i. Qwen's pictures differ in size."""
+    if model.config.model_type == "llava":
+        return llava_inputs(model, pictures, seed=seed)
+    sizes = [(8, 12), (6, 10), (4, 8)]
+    grids, used = [], 0
+    for count in pictures:
+        grids.append([sizes[(used + i) % len(sizes)] for i in range(count)])
+        used += count
+    return qwen_inputs(model, grids, seed=seed)
+
+
+def tiny_llava(
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    seed: int = 0,
+    tower: type = CLIPVisionConfig,
+    layer: int = -2,
+    strategy: str = "default",
+    **vision: Any,
+):
     """24 px pictures in 4 px patches: 6 x 6 = 36 tokens; four vision layers, layer -2 is read."""
     torch.manual_seed(seed)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+        vision_config=tower(
             **{
                 "hidden_size": 32,
                 "intermediate_size": 48,
@@ -29,8 +57,7 @@ def tiny_llava(*, dtype: torch.dtype = torch.float32, attention: str = "sdpa", s
                 "num_attention_heads": 4,
                 "image_size": 24,
                 "patch_size": 4,
-                "initializer_range": 0.5,
-                "initializer_factor": 4.0,
+                **({"initializer_range": 0.5, "initializer_factor": 4.0} if tower is CLIPVisionConfig else {}),
                 **vision,
             }
         ),
@@ -47,7 +74,8 @@ def tiny_llava(*, dtype: torch.dtype = torch.float32, attention: str = "sdpa", s
             eos_token_id=2,
         ),
         image_token_id=IMAGE,
-        vision_feature_layer=-2,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
         tie_word_embeddings=False,
     )
     return _ready(LlavaForConditionalGeneration(config), dtype, attention)
@@ -88,8 +116,8 @@ def tiny_qwen2_5_vl(
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
         tie_word_embeddings=False,
     )
     return _ready(Qwen2_5_VLForConditionalGeneration(config), dtype, attention)
@@ -98,6 +126,8 @@ def tiny_qwen2_5_vl(
 def _ready(model: Any, dtype: torch.dtype, attention: str) -> Any:
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None  # random models must not stop early: every run has the same length
+    # A random model may well choose a placeholder, and generate(use_cache=False) then looks for a picture to put there.
+    model.generation_config.suppress_tokens = SPECIAL
     model = model.eval().to(dtype)
     model.set_attn_implementation(attention)
     return model
@@ -131,7 +161,7 @@ def qwen_inputs(
     for number, pictures in enumerate(grids):
         row = torch.randint(10, VOCABULARY, (2 + number,), generator=g).tolist()
         for h, w in pictures:
-            row += [7] + [IMAGE] * (h * w // vision.spatial_merge_size**2) + [8]
+            row += [VISION_START] + [IMAGE] * (h * w // vision.spatial_merge_size**2) + [VISION_END]
             row += torch.randint(10, VOCABULARY, (words,), generator=g).tolist()
         rows.append(row + [11])
     inputs = left_padded(rows)

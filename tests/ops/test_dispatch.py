@@ -86,7 +86,8 @@ def test_cuda_tensors_run_on_the_first_back_end_that_does_not_refuse(install: An
     stubs = install(torch=None, triton=None, cuda="head dim 4 is not a multiple of 16")
     assert ops.row_logsumexp(**cuda) == "triton"
     assert stubs["triton"].calls[0]["q"] is cuda["q"]
-    assert not stubs["torch"].calls and not stubs["cuda"].calls
+    assert not stubs["torch"].calls
+    assert not stubs["cuda"].calls
     explanation = ops.explain("row_logsumexp", **cuda)
     assert explanation.backend == "triton"
     assert explanation.refused == {"cuda": "head dim 4 is not a multiple of 16"}
@@ -117,7 +118,8 @@ def test_the_accelerator_gets_the_arguments_checked_and_normalised(install: Any,
     ops.row_logsumexp(**cuda)
     (call,) = stubs["triton"].calls
     assert set(call) == {"q", "k", "scale", "causal", "q_pos", "k_pos", "key_valid", "softcap"}
-    assert call["q"].stride(-1) == 1 and call["q"].shape == (1, 2, 3, 4)
+    assert call["q"].stride(-1) == 1
+    assert call["q"].shape == (1, 2, 3, 4)
     assert call["q_pos"].dtype == torch.int32
     with pytest.raises(ValueError, match="row_logsumexp: k must be"):
         ops.row_logsumexp(cuda["q"], cuda["k"][..., :2], scale=SCALE)
@@ -161,10 +163,10 @@ def test_an_explicit_choice_may_take_cpu_tensors_if_it_supports_them(install: An
 def test_an_explicit_choice_that_cannot_be_honoured_raises(install: Any, cuda: dict[str, Any]) -> None:
     install(triton="needs compute capability 8.0")
     with ops.backend("triton"):
-        with pytest.raises(BackendUnavailableError, match="needs compute capability 8.0") as caught:
+        with pytest.raises(BackendUnavailableError, match="needs compute capability") as caught:
             ops.row_logsumexp(**cuda)
         assert (caught.value.op, caught.value.backend) == ("row_logsumexp", "triton")
-        with pytest.raises(BackendUnavailableError, match="needs compute capability 8.0"):
+        with pytest.raises(BackendUnavailableError, match="needs compute capability"):
             ops.explain("row_logsumexp", **cuda)
         with pytest.raises(BackendUnavailableError, match="no such implementation of this op"):
             ops.attention_column_mass(**cuda)
@@ -207,7 +209,8 @@ def test_a_choice_and_a_count_stay_in_their_thread(install: Any) -> None:
     with ops.backend("triton"), ops.counters() as ran:
         thread.start()
         thread.join()
-    assert isinstance(results[0], Tensor) and not ran
+    assert isinstance(results[0], Tensor)
+    assert not ran
 
 
 @pytest.mark.parametrize(
@@ -301,7 +304,7 @@ def test_a_broken_vlmeff_kernels_is_not_taken_for_a_missing_one(
     (tmp_path / "vlmeff_kernels" / "__init__.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "vlmeff_kernels", raising=False)
-    with pytest.raises(error, match="a_library_that_is_not_there|undefined symbol"):
+    with pytest.raises(error, match=r"a_library_that_is_not_there|undefined symbol"):
         ops.row_logsumexp(**cuda)
 
 
@@ -347,7 +350,8 @@ def test_explain_runs_nothing_and_checks_like_the_call(install: Any, cuda: dict[
     stubs = install(triton=None)
     with ops.counters() as ran:
         assert ops.explain("row_logsumexp", cuda["q"], cuda["k"], scale=SCALE).backend == "triton"
-    assert not stubs["triton"].calls and not ran
+    assert not stubs["triton"].calls
+    assert not ran
     with pytest.raises(ValueError, match="row_logsumexp: softcap must be positive"):
         ops.explain("row_logsumexp", **cuda, softcap=-1.0)
     assert ops.row_logsumexp(**cuda) == "triton"  # an explanation that raised leaves the op as it was
@@ -363,7 +367,7 @@ def test_counters_count_runs_by_op_and_back_end(install: Any, cuda: dict[str, An
         ops.row_logsumexp(**cuda)
     ops.row_logsumexp(**cuda)
     assert inner == {("row_logsumexp", "reference"): 1, ("attention_column_mass", "reference"): 1}
-    assert outer == inner + {("row_logsumexp", "triton"): 2}  # type: ignore[operator]
+    assert outer == {**inner, ("row_logsumexp", "triton"): 2}
     assert outer["gather_tokens", "reference"] == 0
 
 

@@ -211,18 +211,17 @@ def _column_mass(
 
     mass_BKGS = q_BHWD.new_zeros((*grouped, keys), dtype=_score_dtype(q_BHWD))
     for rows, logits, allowed in _logit_blocks(q_BHWD, k_BKSD, **logit_arguments):
-        lse = logits.logsumexp(-1) if lse_BKGW is None else lse_BKGW[..., rows]
-        p = _probabilities(logits, lse.unsqueeze(-1), allowed)
+        p = _probabilities(logits, None if lse_BKGW is None else lse_BKGW[..., rows, None], allowed)
         # The weighted sum as a product: no second block of weight * p.
         mass_BKGS = mass_BKGS + (p.sum(-2) if weight_BKGW is None else (weight_BKGW[..., None, rows] @ p).squeeze(-2))
     return mass_BKGS
 
 
-def _probabilities(logits: Tensor, lse: Tensor, allowed: Tensor | None) -> Tensor:
-    """exp(z - lse), 0 where not allowed and in rows with lse = -inf, and without NaN gradients in either."""
-    empty_row = lse == -torch.inf
-    p = (logits.masked_fill(empty_row, -torch.inf) - lse.masked_fill(empty_row, 0)).exp()
-    # exp(-inf) is 0 already, except in a row whose lse is NaN.
+def _probabilities(logits: Tensor, lse: Tensor | None, allowed: Tensor | None) -> Tensor:
+    """exp(z - lse), 0 where not allowed and in rows with lse = -inf; without an lse, the softmax."""
+    # lse = -inf becomes +inf: exp(z - inf) is 0, and so is its gradient.
+    p = logits.softmax(-1) if lse is None else (logits - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
+    # What is not allowed is 0 by now, except in a fully masked row (softmax: NaN) and in one whose lse is NaN.
     return p if allowed is None else p.masked_fill(~allowed, 0)
 
 
@@ -241,7 +240,7 @@ def _logit_blocks(
     to the logits, or None for everything)."""
     (batch, heads, width, dim), (_, kv_heads, keys, _) = q_BHWD.shape, k_BKSD.shape
     dtype = _score_dtype(q_BHWD)
-    k_BKDS = k_BKSD.to(dtype).transpose(-1, -2)
+    k_BKDS = k_BKSD.to(dtype).contiguous().transpose(-1, -2)  # contiguous: no bit may depend on the strides
     if causal:
         q_pos = torch.arange(keys - width, keys, device=q_BHWD.device)[None] if q_pos is None else q_pos
         k_pos = torch.arange(keys, device=q_BHWD.device)[None] if k_pos is None else k_pos
@@ -251,7 +250,8 @@ def _logit_blocks(
         rows = slice(start, min(start + step, width))
         count = rows.stop - rows.start
         # The rows of the G heads of a group lie side by side, so that their one K needs no repeating.
-        q_block = (q_BHWD[:, :, rows].to(dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * count, dim)
+        q_block = (q_BHWD[:, :, rows].to(dtype) * scale).contiguous()
+        q_block = q_block.view(batch, kv_heads, heads // kv_heads * count, dim)
         logits = (q_block @ k_BKDS).view(batch, kv_heads, heads // kv_heads, count, keys)
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
@@ -261,7 +261,7 @@ def _logit_blocks(
             allowed = before if allowed is None else before & allowed
         if allowed is not None:
             allowed = allowed[:, None, None]
-            logits = logits.masked_fill(~allowed, -torch.inf)
+            logits.masked_fill_(~allowed, -torch.inf)
         yield rows, logits, allowed
 
 

@@ -33,34 +33,34 @@ class Family(ABC):
     encoder_inputs: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def grids(self, model: nn.Module, kwargs: Kwargs) -> list[list[Grid]]:
+    def grids(self, model: Any, kwargs: Kwargs) -> list[list[Grid]]:
         """Per picture the (H, W) grids of its segments, in the order of its visual tokens."""
 
     @abstractmethod
-    def attention_layers(self, model: nn.Module) -> list[nn.Module]:
+    def attention_layers(self, model: Any) -> list[nn.Module]:
         """The attention module of every layer of the vision tower."""
 
     @abstractmethod
-    def deep_layer(self, model: nn.Module) -> int:
+    def deep_layer(self, model: Any) -> int:
         """0-based index of the layer whose output is projected."""
 
     @abstractmethod
-    def object_layer(self, model: nn.Module) -> int:
+    def object_layer(self, model: Any) -> int:
         """Default object layer, 1-based."""
 
     @abstractmethod
-    def query_key(self, module: nn.Module, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
+    def query_key(self, module: Any, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
         """q and k of an attention module from its input."""
 
     @abstractmethod
-    def token_scores(self, model: nn.Module, kwargs: Kwargs, score: Tensor) -> list[list[Tensor]]:
+    def token_scores(self, model: Any, kwargs: Kwargs, score: Tensor) -> list[list[Tensor]]:
         """Per picture and segment the score [H * W] of its visual tokens, from the score of the tower's tokens."""
 
-    def legal_object_layers(self, model: nn.Module) -> list[int]:
+    def legal_object_layers(self, model: Any) -> list[int]:
         """1-based numbers of the layers that see the whole picture."""
         return list(range(1, len(self.attention_layers(model)) + 1))
 
-    def score_layers(self, model: nn.Module, names: tuple[str, ...], object_layer: int | None) -> dict[str, nn.Module]:
+    def score_layers(self, model: Any, names: tuple[str, ...], object_layer: int | None) -> dict[str, nn.Module]:
         """The attention modules behind the scores a selector asks for; raises on an object layer that is not legal."""
         layers, legal = self.attention_layers(model), self.legal_object_layers(model)
         number = self.object_layer(model) if object_layer is None else object_layer
@@ -87,12 +87,12 @@ class Family(ABC):
                 "vlmeff.unwrap(model) first."
             )
 
-    def encode(self, model: nn.Module, kwargs: Kwargs) -> Any:
+    def encode(self, model: Any, kwargs: Kwargs) -> Any:
         """Run the model's own encoder; its output holds ``pooler_output``, one [tokens, D] tensor per picture."""
         arguments = {name: kwargs[name] for name in self.encoder_inputs if kwargs.get(name) is not None}
         return model.base_model.get_image_features(**arguments, return_dict=True)
 
-    def image_token_id(self, model: nn.Module) -> int:
+    def image_token_id(self, model: Any) -> int:
         return model.config.image_token_id
 
 
@@ -103,14 +103,14 @@ class Llava(Family):
     positions = "repack"
     encoder_inputs = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
-    def grids(self, model: nn.Module, kwargs: Kwargs) -> list[list[Grid]]:
+    def grids(self, model: Any, kwargs: Kwargs) -> list[list[Grid]]:
         if kwargs.get("image_sizes") is not None:
             raise UnsupportedInputError("llava: image_sizes (Pixtral towers) is not supported by token reduction.")
         _, _, height, width = kwargs["pixel_values"].shape
         patch = model.config.vision_config.patch_size
         return [[(height // patch, width // patch)]] * len(kwargs["pixel_values"])
 
-    def attention_layers(self, model: nn.Module) -> list[nn.Module]:
+    def attention_layers(self, model: Any) -> list[nn.Module]:
         tower = model.base_model.vision_tower
         tower = getattr(tower, "vision_model", tower)
         layers = getattr(getattr(tower, "encoder", None), "layers", None)
@@ -121,7 +121,7 @@ class Llava(Family):
             )
         return [layer.self_attn for layer in layers]
 
-    def deep_layer(self, model: nn.Module) -> int:
+    def deep_layer(self, model: Any) -> int:
         layer = model.config.vision_feature_layer
         if not isinstance(layer, int):
             raise UnsupportedModelError(
@@ -134,16 +134,16 @@ class Llava(Family):
             raise UnsupportedModelError(f"llava: vision_feature_layer={layer} is not the output of a layer.")
         return index
 
-    def object_layer(self, model: nn.Module) -> int:
+    def object_layer(self, model: Any) -> int:
         return max(1, round(0.375 * len(self.attention_layers(model))))  # 9 of 24, as in the paper
 
-    def query_key(self, module: nn.Module, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
+    def query_key(self, module: Any, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
         def heads(x: Tensor) -> Tensor:
             return x.view(*x.shape[:-1], -1, module.head_dim).transpose(1, 2)
 
         return QueryKey(heads(module.q_proj(hidden)), heads(module.k_proj(hidden)), module.scale)
 
-    def token_scores(self, model: nn.Module, kwargs: Kwargs, score: Tensor) -> list[list[Tensor]]:
+    def token_scores(self, model: Any, kwargs: Kwargs, score: Tensor) -> list[list[Tensor]]:
         grid = self.grids(model, kwargs)[0][0]
         extra = score.shape[-1] - grid[0] * grid[1]  # CLS votes as a query and is dropped as a column
         return [[row[extra:]] for row in score]
@@ -164,33 +164,33 @@ class Qwen2_5VL(Family):
     positions = "keep"
     encoder_inputs = ("pixel_values", "image_grid_thw")
 
-    def grids(self, model: nn.Module, kwargs: Kwargs) -> list[list[Grid]]:
+    def grids(self, model: Any, kwargs: Kwargs) -> list[list[Grid]]:
         if kwargs.get("image_grid_thw") is None:
             raise UnsupportedInputError("qwen2_5_vl: image_grid_thw is missing; pass all of the processor's outputs.")
         merge = model.config.vision_config.spatial_merge_size
         return [[(h // merge, w // merge)] * t for t, h, w in kwargs["image_grid_thw"].tolist()]
 
-    def attention_layers(self, model: nn.Module) -> list[nn.Module]:
+    def attention_layers(self, model: Any) -> list[nn.Module]:
         return [block.attn for block in model.base_model.visual.blocks]
 
-    def legal_object_layers(self, model: nn.Module) -> list[int]:
+    def legal_object_layers(self, model: Any) -> list[int]:
         return sorted(i + 1 for i in model.config.vision_config.fullatt_block_indexes)
 
-    def deep_layer(self, model: nn.Module) -> int:
+    def deep_layer(self, model: Any) -> int:
         return len(self.attention_layers(model)) - 1
 
-    def object_layer(self, model: nn.Module) -> int:
+    def object_layer(self, model: Any) -> int:
         target = 0.5 * len(self.attention_layers(model))  # 16 of 32, as in the paper
         return min(self.legal_object_layers(model), key=lambda number: (abs(number - target), number), default=0)
 
-    def query_key(self, module: nn.Module, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
+    def query_key(self, module: Any, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
         q, k, _ = module.qkv(hidden).view(len(hidden), 3, module.num_heads, -1).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
         return QueryKey(q, k, module.scaling, kwargs["cu_seqlens"])
 
-    def token_scores(self, model: nn.Module, kwargs: Kwargs, score: Tensor) -> list[list[Tensor]]:
+    def token_scores(self, model: Any, kwargs: Kwargs, score: Tensor) -> list[list[Tensor]]:
         from transformers.vision_utils import get_vision_window_index
 
         vision = model.config.vision_config
@@ -207,12 +207,12 @@ class Qwen2_5VL(Family):
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llava(), Qwen2_5VL())}
 
 
-def is_vlm(model: nn.Module) -> bool:
+def is_vlm(model: Any) -> bool:
     """Whether the model takes pictures."""
     return "image" in getattr(model, "input_modalities", ())
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: Any) -> Family:
     """The family of a model; raises ``UnsupportedModelError`` with the list of supported ones."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in FAMILIES:

@@ -55,7 +55,7 @@ def probe(layers: Mapping[str, nn.Module], query_key: QueryKeyFn) -> Iterator[di
     for name, module in layers.items():
         names_of.setdefault(module, []).append(name)
 
-    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def hook(module: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         assert isinstance(hidden, Tensor)
         with torch.no_grad():

@@ -62,7 +62,14 @@ class Untouched:
 
 
 def shorten_request(
-    model: nn.Module, family: Family, selector: Selector, kwargs: dict[str, Any], *, generating: bool, lock: Any, clock: Any
+    model: Any,
+    family: Family,
+    selector: Selector,
+    kwargs: dict[str, Any],
+    *,
+    generating: bool,
+    lock: Any,
+    clock: Any,
 ) -> ShortRequest | Untouched:
     """Shorten the request ``kwargs`` of ``generate`` or ``forward``. ``kwargs`` itself is not changed.
 
@@ -85,7 +92,8 @@ def shorten_request(
         return Untouched()
     if input_ids is None:
         warnings.warn(
-            "vlmeff: inputs_embeds given, so the pictures are not reduced; pass input_ids and pixel_values.", stacklevel=4
+            "vlmeff: inputs_embeds given, so the pictures are not reduced; pass input_ids and pixel_values.",
+            stacklevel=4,
         )
         return Untouched()
     if encoded is not None and selector.scores:
@@ -96,7 +104,9 @@ def shorten_request(
 
     grids = family.grids(model, kwargs)
     budgets = [split_budget(selector.keep, [h * w for h, w in picture]) for picture in grids]
-    if all(k == h * w for picture, ks in zip(grids, budgets, strict=True) for (h, w), k in zip(picture, ks, strict=True)):
+    if all(
+        k == h * w for picture, ks in zip(grids, budgets, strict=True) for (h, w), k in zip(picture, ks, strict=True)
+    ):
         everything = [torch.arange(sum(h * w for h, w in picture)) for picture in grids]
         return Untouched(PrunePlan(grids, everything, [torch.zeros_like(i, dtype=torch.int8) for i in everything]))
 
@@ -106,9 +116,7 @@ def shorten_request(
         # The hooks sit on modules that all threads share: one picture is encoded at a time.
         with lock, probe(layers, family.query_key) as recorded:
             encoded = family.encode(model, kwargs)
-        scores = {
-            name: family.token_scores(model, kwargs, torch.cat(parts)) for name, parts in recorded.items()
-        }
+        scores = {name: family.token_scores(model, kwargs, torch.cat(parts)) for name, parts in recorded.items()}
         _check_finite(scores)
     plan = _select(selector, grids, budgets, scores, device=encoded.pooler_output[0].device)
     clock.mark("encoded")
@@ -165,7 +173,7 @@ def attach_record(cache: Any, record: PromptRecord) -> None:
 
 
 def _continue(
-    model: nn.Module, family: Family, record: PromptRecord, kwargs: dict[str, Any], *, generating: bool
+    model: Any, family: Family, record: PromptRecord, kwargs: dict[str, Any], *, generating: bool
 ) -> ShortRequest:
     """A call that goes on from the cache of a shortened prompt."""
     input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -180,8 +188,8 @@ def _continue(
         history = input_ids[:, :length]
         if history.shape != record.prompt_ids.shape or bool((history != record.prompt_ids).any()):
             raise IncompatibleError(
-                "past_key_values was filled from a prompt with reduced pictures, and input_ids does not begin with that "
-                "prompt: pass the whole conversation's input_ids, or no past_key_values."
+                "past_key_values was filled from a prompt with reduced pictures, and input_ids does not begin with "
+                "that prompt: pass the whole conversation's input_ids, or no past_key_values."
             )
         new = input_ids[:, length:]
         ids = torch.cat([ids, new], 1)
@@ -231,7 +239,7 @@ def _select(
     return PrunePlan(grids, [s.index for s in chosen], [s.kind for s in chosen])
 
 
-def _positions(model: nn.Module, family: Family, kwargs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
+def _positions(model: Any, family: Family, kwargs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
     """[4, B, L] positions of the unshortened prompt where the family keeps them, else None."""
     given = kwargs.get("position_ids")
     if family.positions == "repack":
@@ -263,7 +271,7 @@ def _check_finite(scores: dict[str, list[list[Tensor]]]) -> None:
             )
 
 
-def _mask_of_padding(model: nn.Module, input_ids: Tensor) -> Tensor | None:
+def _mask_of_padding(model: Any, input_ids: Tensor) -> Tensor | None:
     """The mask that ``generate`` infers from padding ids when none is given."""
     config = getattr(model, "generation_config", None)
     pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
@@ -272,11 +280,10 @@ def _mask_of_padding(model: nn.Module, input_ids: Tensor) -> Tensor | None:
     return (input_ids != pad).long()
 
 
-def _pad_id(model: nn.Module, input_ids: Tensor) -> int:
+def _pad_id(model: Any, input_ids: Tensor) -> int:
     """An id to pad with: masked, so any legal id that is no placeholder will do."""
     for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config()):
         pad = getattr(config, "pad_token_id", None)
         if isinstance(pad, int) and pad >= 0:
             return pad
     return 0
-

@@ -56,7 +56,7 @@ class _Call:
 _running: ContextVar[_Call | None] = ContextVar("vlmeff_running", default=None)
 
 
-def attach(model: nn.Module, plan: Plan, family: Family | None) -> None:
+def attach(model: Any, plan: Plan, family: Family | None) -> None:
     """Make ``model`` a wrapped model, or update the plan of one that is wrapped."""
     state: State | None = model.__dict__.get(STATE)
     if state is not None:
@@ -69,7 +69,7 @@ def attach(model: nn.Module, plan: Plan, family: Family | None) -> None:
     model.__class__ = _wrapped_class(type(model))
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """Undo ``attach``."""
     state: State = model.__dict__[STATE]
     model.__class__ = state.original_class
@@ -88,13 +88,13 @@ def _wrapped_class(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of ``original`` under the same name, so that whatever looks at names (config.architectures, pipelines,
     warnings) sees the model it knows."""
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _forward(self, args, kwargs)
 
-    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _generate(self, args, kwargs)
 
-    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    def reduce_ex(self: Any, protocol: Any) -> Any:
         return _rebuild, (original,), self.__dict__.copy()
 
     members: dict[str, Any] = {
@@ -109,7 +109,7 @@ def _wrapped_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(original.__name__, (original,), members)
 
 
-def _original(model: nn.Module, name: str) -> Any:
+def _original(model: Any, name: str) -> Any:
     """The method as it would run without the wrapper."""
     state: State = model.__dict__[STATE]
     if name in state.instance_methods:
@@ -129,7 +129,7 @@ def _bind(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return {**named, **kwargs}
 
 
-def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: State = model.__dict__[STATE]
     original = _original(model, "forward")
     call = _running.get()
@@ -145,9 +145,7 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if not _concerns(named):
         return original(*args, **kwargs)
     meter = Meter(_device(model, named))
-    request = shorten_request(
-        model, family, selector, named, generating=False, lock=state.lock, clock=meter.clock
-    )
+    request = shorten_request(model, family, selector, named, generating=False, lock=state.lock, clock=meter.clock)
     if isinstance(request, Untouched):
         output = original(**named)
     elif request.keep is None:
@@ -164,7 +162,7 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 @torch.no_grad()
-def _generate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: State = model.__dict__[STATE]
     original = _original(model, "generate")
     named = _bind(original, args, kwargs)
@@ -220,7 +218,7 @@ def _concerns(named: dict[str, Any]) -> bool:
     )
 
 
-def _device(model: nn.Module, named: dict[str, Any]) -> torch.device:
+def _device(model: Any, named: dict[str, Any]) -> torch.device:
     ids = named.get("input_ids")
     return ids.device if isinstance(ids, Tensor) else next(model.parameters()).device
 
@@ -233,7 +231,7 @@ def _check_logits_to_keep(named: dict[str, Any]) -> None:
         )
 
 
-def _reduce_total_lengths(model: nn.Module, kwargs: dict[str, Any], dropped: int) -> None:
+def _reduce_total_lengths(model: Any, kwargs: dict[str, Any], dropped: int) -> None:
     """``max_length`` and ``min_length`` count the prompt: take what it lost off them."""
     config = kwargs.get("generation_config") or model.generation_config
     changed = {}
@@ -268,7 +266,7 @@ class _PromptRestoringStreamer:
 
 
 def _make_report(
-    model: nn.Module,
+    model: Any,
     state: State,
     request: ShortRequest | Untouched,
     named: dict[str, Any],

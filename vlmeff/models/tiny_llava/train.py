@@ -20,6 +20,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ class TowerHeads(nn.Module):
         self.pairs = nn.Linear(width, len(COLORS) * len(SHAPES))
 
 
-def tower_loss(tower: nn.Module, heads: TowerHeads, pictures: list[Picture], x: Tensor) -> tuple[Tensor, str]:
+def tower_loss(tower: Any, heads: TowerHeads, pictures: list[Picture], x: Tensor) -> tuple[Tensor, str]:
     with torch.autocast("cpu", torch.bfloat16):
         out = tower(x, output_hidden_states=True)
     patches = heads.norm(out.hidden_states[-2][:, 1:].float())
@@ -159,7 +160,9 @@ def tower_loss(tower: nn.Module, heads: TowerHeads, pictures: list[Picture], x: 
     # A small shape covers few patches: weigh each patch by 1 / sqrt(patches of its shape), so that it is learned too.
     kind = torch.where(on_shape, color * len(SHAPES) + shape, pairs.shape[1])
     patches_of_kind = F.one_hot(kind, pairs.shape[1] + 1).sum(1, keepdim=True).float()
-    weight = torch.where(on_shape, F.one_hot(kind, pairs.shape[1] + 1).float().mul(patches_of_kind).sum(-1) ** -0.5, 1.0)
+    weight = torch.where(
+        on_shape, F.one_hot(kind, pairs.shape[1] + 1).float().mul(patches_of_kind).sum(-1) ** -0.5, 1.0
+    )
 
     def mean_ce(logits: Tensor, target: Tensor, where: Tensor) -> Tensor:
         losses = F.cross_entropy(logits[where], target[where], reduction="none")
@@ -251,18 +254,18 @@ class Conversations:
             return torch.tensor([v + [fill] * (length - len(v)) for v in values])
 
         input_ids = padded([r[0] for r in rows], self.tokenizer.pad_token_id)
-        branch = padded([r[1] for r in rows], -1)
+        branches = padded([r[1] for r in rows], -1)
         position_ids = padded([r[2] for r in rows], 0)
-        target = padded([[int(t) for t in r[3]] for r in rows], 0).bool()
-        labels = torch.where(target, input_ids, -100)
+        answers_at = padded([[int(t) for t in r[3]] for r in rows], 0).bool()
+        labels = torch.where(answers_at, input_ids, -100)
         order = torch.arange(length)
-        sees = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
+        sees = (branches[:, None, :] == branches[:, :, None]) | (branches[:, None, :] == 0)
         sees &= order[None, None, :] <= order[None, :, None]
         mask = torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.float32).min)[:, None]
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "mask": mask}
 
 
-def language_loss(model: nn.Module, batch: dict[str, Tensor], x: Tensor, *, train_tower: bool) -> tuple[Tensor, str]:
+def language_loss(model: Any, batch: dict[str, Tensor], x: Tensor, *, train_tower: bool) -> tuple[Tensor, str]:
     with torch.autocast("cpu", torch.bfloat16):
         with torch.set_grad_enabled(train_tower):
             hidden = model.model.vision_tower(x, output_hidden_states=True).hidden_states[-2][:, 1:]

@@ -1,0 +1,148 @@
+"""Accuracy of tiny-llava unwrapped, with each preset and with the control methods at the same budget.
+
+    python benchmarks/tiny_llava_accuracy.py --out benchmarks/results/tiny_llava_accuracy.json
+
+Everything is measured on the whole test split of easy-vqa's open questions and on mosaics of its test images. The
+result file is written after every setting; a second run skips what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import Progress
+
+import vlmeff
+from vlmeff.evaluation.questions import (
+    Item,
+    ask_items,
+    blind_prior,
+    easy_vqa_items,
+    is_right,
+    mosaic_items,
+    objects_right,
+)
+from vlmeff.loading import embedded_folder
+from vlmeff.vlm.wrapped import STATE
+
+PRESETS = ("quality", "balanced", "fast", "smallest")
+RANDOM_SEEDS = (0, 1, 2)
+
+
+def share(items: list[Item], answers: list[str], kind: str) -> float:
+    hits = [is_right(i, a) for i, a in zip(items, answers, strict=True) if i.kind == kind]
+    return round(sum(hits) / len(hits), 4)
+
+
+def measure(model: Any, processor: Any, args: argparse.Namespace, label: str, *, full: bool = False) -> dict[str, Any]:
+    """All scores of one setting. ``full`` adds the yes/no questions and the grey control."""
+    open_items = easy_vqa_items(limit=args.limit)
+    mosaics = mosaic_items(args.scenes, kinds=("position",), per_scene=2)
+    describe = mosaic_items(args.scenes, kinds=("describe",), per_scene=1)
+    parts = [("open", open_items, 3), ("position", mosaics, 3), ("describe", describe, 30)]
+    if full:
+        others = mosaic_items(
+            args.scenes, kinds=("where", "count", "exists", "occupied", "position_object"), per_scene=1
+        )
+        parts += [
+            ("yesno", easy_vqa_items(kinds=("yesno",), limit=args.limit), 3),
+            ("grey", easy_vqa_items(limit=args.limit or 1000, grey=True), 3),
+            ("others", others, 4),
+        ]
+    out: dict[str, Any] = {}
+    with Progress() as bar:
+        for name, items, length in parts:
+            task = bar.add_task(f"{label}: {name}", total=len(items))
+            answers = list(
+                ask_items(model, processor, items, max_new_tokens=length, progress=lambda n, t=task: bar.advance(t, n))
+            )
+            if name in ("open", "grey"):
+                hits = [is_right(i, a) for i, a in zip(items, answers, strict=True)]
+                out[name] = {
+                    "n": len(items),
+                    "open": round(sum(hits) / len(hits), 4),
+                    "color": share(items, answers, "color"),
+                    "shape": share(items, answers, "shape"),
+                }
+            elif name == "describe":
+                pairs = [objects_right(i, a) for i, a in zip(items, answers, strict=True)]
+                exact = [is_right(i, a) for i, a in zip(items, answers, strict=True)]
+                objects = sum(t for _, t in pairs)
+                out[name] = {
+                    "n": len(items),
+                    "objects_right": round(sum(r for r, _ in pairs) / objects, 4),
+                    "sentences_right": round(sum(exact) / len(exact), 4),
+                }
+            else:
+                kinds = sorted({i.kind for i in items})
+                out[name] = {"n": len(items), **{kind: share(items, answers, kind) for kind in kinds}}
+    return out
+
+
+def settings() -> list[tuple[str, dict[str, Any]]]:
+    """(label, arguments of wrap); the control methods take the preset's own budget."""
+    out: list[tuple[str, dict[str, Any]]] = [("unwrapped", {})]
+    for preset in PRESETS:
+        out.append((preset, {"preset": preset}))
+        out += [(f"{preset}, random {s}", {"preset": preset, "tokens": "random", "seed": s}) for s in RANDOM_SEEDS]
+        out.append((f"{preset}, downsample", {"preset": preset, "tokens": "downsample"}))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="tiny-llava")
+    parser.add_argument("--limit", type=int, default=None, help="open questions; all 2,537 when left out")
+    parser.add_argument("--scenes", type=int, default=300, help="mosaics")
+    args = parser.parse_args()
+
+    model, processor = vlmeff.load(args.model)
+    folder = Path(args.model) if Path(args.model).is_dir() else embedded_folder("tiny_llava")
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    header = {
+        "model": "tiny-llava",
+        "weights_sha256": weights,
+        "limit": args.limit,
+        "scenes": args.scenes,
+        "blind_prior_open": round(blind_prior(easy_vqa_items()), 4),
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "vlmeff": vlmeff.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    results: dict[str, Any] = {}
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        if all(before.get(k) == header[k] for k in ("weights_sha256", "limit", "scenes")):
+            results = before["settings"]
+    for label, arguments in settings():
+        if label in results:
+            continue
+        tokens = None
+        if arguments:
+            vlmeff.wrap(model, **arguments)
+        scores = measure(model, processor, args, label, full=label == "unwrapped")
+        if arguments:
+            plan = vlmeff.report(model).plan
+            tokens = {"in": plan.sizes[0], "kept": len(plan.keep[0])} if plan else None
+            method = str(model.__dict__[STATE].plan.tokens)
+            vlmeff.unwrap(model)
+            results[label] = {"method": method, "tokens": tokens, **scores}
+        else:
+            results[label] = scores
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**header, "settings": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
