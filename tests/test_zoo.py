@@ -532,6 +532,17 @@ def test_an_unknown_preset_lists_the_nearest_names(tiny: torch.nn.Module) -> Non
 def test_an_entry_of_another_model_is_refused(tiny: torch.nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"is for the model 'llava-1\.5-7b'; this one is .*Use preset='fast'"):
         zoo.resolve(tiny, "llava-1.5-7b/fast")
+    with pytest.raises(ConfigError, match="this one is the zoo's 'tiny-llava'"):
+        zoo.resolve("tiny-llava", "llava-1.5-7b/fast")
+
+
+def test_an_entry_can_be_resolved_for_a_folder_that_is_not_loaded_yet() -> None:
+    assert zoo.resolve("folder/of-a-fine-tune", "llava-1.5-7b/fast") == zoo.resolve("llava-1.5-7b", "fast")
+
+
+def test_names_of_models_entries_and_the_hub_find_the_record() -> None:
+    for name in ("llava-1.5-7b", "llava-1.5-7b/fast", "llava-hf/llava-1.5-7b-hf"):
+        assert zoo.find_model(name).name == "llava-1.5-7b"
 
 
 def test_resolved_parameters_are_the_callers_own(tiny: torch.nn.Module) -> None:

@@ -35,14 +35,17 @@ class Answers:
     picture: Image.Image
 
     @property
-    def speedup(self) -> tuple[float, float] | None:
-        """(prefill, total) of the unwrapped model over the wrapped one; None when only one ran."""
+    def speedup(self) -> dict[str, float]:
+        """Unwrapped over wrapped time: "prefill", and "total" where both answers have the same number of tokens."""
         if len(self.runs) < 2:
-            return None
+            return {}
         base, run = self.runs[0].report, self.runs[-1].report
-        if not (base.prefill_ms and base.total_ms and run.prefill_ms and run.total_ms):
-            return None
-        return base.prefill_ms / run.prefill_ms, base.total_ms / run.total_ms
+        out = {}
+        if base.prefill_ms and run.prefill_ms:
+            out["prefill"] = base.prefill_ms / run.prefill_ms
+        if base.total_ms and run.total_ms and base.new_tokens == run.new_tokens:
+            out["total"] = base.total_ms / run.total_ms
+        return out
 
     def overlay(self) -> Image.Image:
         """The picture with the kept tokens of the wrapped run."""
@@ -53,8 +56,7 @@ class Answers:
 
     def to_dict(self) -> dict[str, Any]:
         runs = [{"label": r.label, "answer": r.answer, "report": r.report.to_dict()} for r in self.runs]
-        speedup = None if self.speedup is None else {"prefill": self.speedup[0], "total": self.speedup[1]}
-        return {"question": self.question, "runs": runs, "speedup": speedup}
+        return {"question": self.question, "runs": runs, "speedup": self.speedup}
 
 
 def ask_picture(

@@ -132,13 +132,13 @@ def _show(answers: Any) -> None:
     table.add_column("how", style="dim")
     table.add_row("answer", *[f"[bold]{_plain(run.answer)}[/]" for run in runs], "")
     rows = [{name: (value, how) for name, value, how in run.report.rows_of_text()} for run in runs]
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "method"))
+    names = [name for name in max(rows, key=len) if name != "method"]  # the wrapped run has the most rows
     for name in names:
         values = [row.get(name, ("", ""))[0] for row in rows]
         table.add_row(name, *values, next(row[name][1] for row in rows if name in row))
-    if answers.speedup is not None:
-        prefill, total = answers.speedup
-        table.add_row("speed-up", "", f"prefill {prefill:.2f} x, total {total:.2f} x", "measured, this run")
+    if answers.speedup:
+        text = ", ".join(f"{name} {factor:.2f} x" for name, factor in answers.speedup.items())
+        table.add_row("speed-up", "", text, "measured, this run")
     out.print(table)
 
 

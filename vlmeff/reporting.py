@@ -122,7 +122,8 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.clock = Clock(device)
         self.clock.mark("start")
-        self.remaining = 0  # prompt tokens that have not gone through the model yet
+        self.remaining = 0  # prompt columns that have not gone through the model yet
+        self.steps = 0  # passes that gave logits for a new token
         self.kv_bytes: int | None = None
         self.cache: Any = None
         self.cache_length = 0
@@ -133,9 +134,10 @@ class Meter:
 
     def after_forward(self, tokens: int, output: Any) -> None:
         """Call after each forward pass of ``tokens`` columns; chunked prefill makes several before the first token."""
-        if "prefill" not in self.clock.marks:
-            self.remaining -= tokens
-            if self.remaining <= 0:
+        self.remaining -= tokens
+        if self.remaining <= 0:
+            self.steps += 1
+            if self.steps == 1:
                 self.clock.mark("prefill")
         self.cache = getattr(output, "past_key_values", None)
 
@@ -194,6 +196,7 @@ def measure(model: Any, inputs: dict[str, Any], *, name: str = "unwrapped") -> I
         visual_tokens_after=visual,
         prompt_tokens_before=prompt,
         prompt_tokens_after=prompt,
+        new_tokens=meter.steps,
         kv_bytes_full=meter.kv_bytes,
         prefill_gflops_before=flops,
         prefill_gflops_after=flops,

@@ -126,14 +126,16 @@ def get(name: str) -> Entry:
 
 
 def find_model(model: object) -> ModelRecord | None:
-    """The zoo's record of a live model, or of a zoo name or hub id; None when there is none.
+    """The zoo's record of a live model, or of a name: a model, an entry or a hub id; None when there is none.
 
     A live model is known by ``config._name_or_path``, else by family and geometry (so that a local copy or a fine-tune
     is known as what it was made from). Of several records with one geometry the first wins.
     """
-    models = load_zoo().models.values()
+    zoo = load_zoo()
+    models = zoo.models.values()
     if isinstance(model, str):
-        return next((record for record in models if model in (record.name, record.hub_id)), None)
+        name = zoo.entries[model].model if model in zoo.entries else model
+        return next((record for record in models if name in (record.name, record.hub_id)), None)
     origin = getattr(getattr(model, "config", None), "_name_or_path", None)
     by_name = (record for record in models if record.hub_id is not None and record.hub_id == origin)
     return next(by_name, None) or next((record for record in models if _has_geometry(model, record)), None)
@@ -146,7 +148,7 @@ def resolve(model: object, preset: str) -> ResolvedPreset:
     the entry's ``overrides``. A preset on a model without an entry has status None: the caller warns.
 
     Args:
-        model: a live model, a zoo name or a hub id; one that the zoo does not know is a model without an entry.
+        model: a live model or a name as in ``find_model``; one that the zoo does not know is a model without an entry.
         preset: "fast", or an entry such as "llava-1.5-7b/fast".
 
     Raises:
@@ -160,7 +162,8 @@ def resolve(model: object, preset: str) -> ResolvedPreset:
     entry = zoo.entries.get(preset)
     if entry is not None:
         owner = zoo.models[entry.model]
-        if (record is None or record.name != owner.name) and not _has_geometry(model, owner):
+        unseen = record is None and (model is None or isinstance(model, str))  # a folder, not loaded yet
+        if not unseen and record is not owner and not _has_geometry(model, owner):
             this = f"the zoo's {record.name!r}" if record else "not in the zoo"
             raise ConfigError(
                 f"preset={preset!r} is for the model {owner.name!r}; this one is {this}. Use preset={entry.preset!r}."
@@ -183,7 +186,7 @@ def resolve(model: object, preset: str) -> ResolvedPreset:
 
 
 def preset_table(model: object = None) -> list[PresetRow]:
-    """Every preset of the zoo, with steps, status and tokens for ``model`` (live, zoo name or hub id) where known."""
+    """Every preset of the zoo, with steps, status and tokens for ``model`` (as in ``find_model``) where known."""
     zoo = load_zoo()
     record = None if model is None else find_model(model)
     rows = []

@@ -49,7 +49,8 @@ def draw_overlay(
         r, c = divmod(index, columns)
         box = (c * width // columns, r * height // rows, (c + 1) * width // columns - 1, (r + 1) * height // rows - 1)
         draw.rectangle(box, outline=COLORS[why], width=line)
-    return _with_legend(out, sorted(set(kind.tolist()), reverse=True), len(keep), rows * columns) if legend else out
+    present = [why for why in (ANCHOR, BUFFER, REGISTER) if why in set(kind.tolist())]
+    return _with_legend(out, present, len(keep), rows * columns) if legend else out
 
 
 def _with_legend(picture: Image.Image, kinds: Sequence[int], kept: int, total: int) -> Image.Image:
