@@ -49,7 +49,11 @@ class Selector(Protocol):
     """
 
     scores: ClassVar[tuple[str, ...]]
-    keep: int | float
+
+    @property
+    def keep(self) -> int | float:
+        """The budget: tokens per image (int) or share kept (float)."""
+        ...
 
     def select(self, segment: Segment, k: int) -> Selection:
         """Choose exactly ``k`` tokens, 1 <= k < segment.size. Must depend on nothing but its arguments."""

@@ -1,0 +1,1 @@
+"""Pictures, questions and scores that show what a preset costs."""

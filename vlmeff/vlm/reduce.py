@@ -229,7 +229,7 @@ def _select(
 
     def segments(number: int) -> Iterator[Segment]:
         for part, grid in enumerate(grids[number]):
-            yield Segment(grid=grid, scores={n: s[number][part] for n, s in scores.items()}, device=device)
+            yield Segment(grid=grid, scores={n: s[number][part].to(device) for n, s in scores.items()}, device=device)
 
     chosen: list[Selection] = []
     for number, ks in enumerate(budgets):

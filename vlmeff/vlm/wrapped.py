@@ -114,18 +114,19 @@ def _original(model: Any, name: str) -> Any:
     state: State = model.__dict__[STATE]
     if name in state.instance_methods:
         return state.instance_methods[name]
-    return getattr(state.original_class, name).__get__(model)
+    # Not a bound method: torch.compile would look its name up on the instance again and find the wrapper.
+    return functools.partial(getattr(state.original_class, name), model)
 
 
-def _bind(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind(name: str, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name."""
     names = [n for n, p in inspect.signature(method).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):
-        raise TypeError(f"{method.__name__}() takes {len(names)} positional arguments but {len(args)} were given")
+        raise TypeError(f"{name}() takes {len(names)} positional arguments but {len(args)} were given")
     named = dict(zip(names, args, strict=False))
     twice = named.keys() & kwargs.keys()
     if twice:
-        raise TypeError(f"{method.__name__}() got multiple values for argument {sorted(twice)[0]!r}")
+        raise TypeError(f"{name}() got multiple values for argument {sorted(twice)[0]!r}")
     return {**named, **kwargs}
 
 
@@ -141,7 +142,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     selector, family = state.plan.tokens, state.family
     if selector is None or family is None:
         return original(*args, **kwargs)
-    named = _bind(original, args, kwargs)
+    named = _bind("forward", original, args, kwargs)
     if not _concerns(named):
         return original(*args, **kwargs)
     meter = Meter(_device(model, named))
@@ -165,7 +166,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: State = model.__dict__[STATE]
     original = _original(model, "generate")
-    named = _bind(original, args, kwargs)
+    named = _bind("generate", original, args, kwargs)
     if "inputs" in named:
         if named.get("input_ids") is not None and named["inputs"] is not None:
             raise TypeError("generate() got both inputs and input_ids")
