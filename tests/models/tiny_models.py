@@ -163,7 +163,7 @@ def qwen_inputs(
         for h, w in pictures:
             row += [VISION_START] + [IMAGE] * (h * w // vision.spatial_merge_size**2) + [VISION_END]
             row += torch.randint(10, VOCABULARY, (words,), generator=g).tolist()
-        rows.append(row + [11])
+        rows.append([*row, 11])
     inputs = left_padded(rows)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
     flat = [grid for pictures in grids for grid in pictures]

@@ -31,6 +31,12 @@ def encoder_arguments(inputs):
     return {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
 
 
+def full_positions(model, inputs):
+    """[3, B, L]: the positions of Qwen2.5-VL's unshortened prompt."""
+    arguments = {key: inputs[key] for key in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+    return model.model.get_rope_index(**arguments)[0]
+
+
 class MaskedOracle:
     """The unwrapped model on full-length prompts whose tokens outside ``seen`` [B, L] are hidden."""
 
@@ -45,9 +51,7 @@ class MaskedOracle:
         if model.config.model_type == "llava":
             self.positions = (self.seen.cumsum(1) - 1).clamp(min=0)  # numbered anew
         else:
-            self.positions, _ = model.model.get_rope_index(  # as in the full prompt
-                ids, inputs["mm_token_type_ids"], inputs.get("image_grid_thw"), attention_mask=inputs["attention_mask"]
-            )
+            self.positions = full_positions(model, inputs)
 
     def run(self):
         """Hidden states of every layer [B, L, D] and logits [B, L, V]."""
@@ -147,9 +151,7 @@ def test_rope_deltas_continue_behind_the_last_position_of_the_full_prompt(pictur
     if call == "generate":
         wrapped.model.rope_deltas = None
         wrapped.generate(**inputs, max_new_tokens=3)
-    positions, _ = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
-    )
+    positions = full_positions(model, inputs)
     expected = [int(positions[:, row].max()) + 1 - int(slots.sum()) for row, slots in enumerate(seen)]
     assert wrapped.model.rope_deltas.tolist() == [[delta] for delta in expected]
 
@@ -206,10 +208,7 @@ def test_the_selection_for_a_picture_does_not_depend_on_its_batch_mates(name):
 @torch.no_grad()
 def test_user_position_ids_of_qwen_are_shortened_like_the_prompt():
     model, wrapped, inputs = pair("qwen2_5_vl", [1, 2])
-    positions, _ = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
-    )
-    stretched = 3 * positions
+    stretched = 3 * full_positions(model, inputs)
     output = wrapped(**inputs, position_ids=stretched)
     seen = seen_tokens(output, inputs)
     oracle = MaskedOracle(model, inputs, seen)

@@ -51,7 +51,8 @@ def qwen_column_means(model, inputs, layer):
     attention, seen = model.model.visual.blocks[layer].attn, {}
 
     def look(module, args, kwargs):
-        seen["x"], (seen["cos"], seen["sin"]) = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
+        seen["x"] = args[0] if args else kwargs["hidden_states"]
+        seen["cos"], seen["sin"] = kwargs["position_embeddings"]
 
     handle = attention.register_forward_pre_hook(look, with_kwargs=True)
     model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
@@ -116,7 +117,6 @@ def test_qwen_scores_are_means_over_merged_patches_in_raster_order(window, grid)
     for name, layer in (("object", 1), ("deep", 3)):
         merged = qwen_column_means(model, inputs, layer)[0].view(-1, 4).mean(1)
         close(scores[name][0][order], merged)
-    assert (order == sorted(order)) == (window == 64 or height <= 2 and width <= 2 or min(height, width) == 1)
 
 
 def test_the_window_order_has_no_influence_on_a_tower_whose_layers_all_see_the_whole_picture():

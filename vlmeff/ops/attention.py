@@ -149,7 +149,11 @@ def attention_column_mass(
 
 def _row_logsumexp_reference(*, q: Tensor, k: Tensor, **logit_arguments: Any) -> Tensor:
     with _autocast_off(q):
-        blocks = [logits.logsumexp(-1).flatten(1, 2) for _, logits, _ in _logit_blocks(q, k, **logit_arguments)]
+        return torch.cat([_logsumexp(**arguments) for arguments in _by_samples(q=q, k=k, **logit_arguments)])
+
+
+def _logsumexp(q: Tensor, k: Tensor, **logit_arguments: Any) -> Tensor:
+    blocks = [logits.logsumexp(-1).flatten(1, 2) for _, logits, _ in _logit_blocks(q, k, **logit_arguments)]
     return torch.cat([q.new_empty((*q.shape[:2], 0), dtype=_score_dtype(q)), *blocks], dim=2)
 
 
@@ -165,7 +169,8 @@ def _column_mass_reference(
 ) -> Tensor:
     with _autocast_off(q):
         if cu_seqlens is None:
-            mass_BKGS = _column_mass(q, k, lse, query_weight, **logit_arguments)
+            samples = _by_samples(q=q, k=k, lse=lse, weight=query_weight, **logit_arguments)
+            mass_BKGS = torch.cat([_column_mass(**arguments) for arguments in samples])
         else:
             mass_BKGS = _packed_column_mass(q, k, lse, query_weight, cu_seqlens, **logit_arguments)
     mass = mass_BKGS.flatten(1, 2) if reduce == "none" else mass_BKGS.mean(2 if reduce == "group" else (1, 2))
@@ -197,10 +202,9 @@ def _packed_column_mass(
     return torch.cat(masses, dim=-1)
 
 
-def _column_mass(
-    q_BHWD: Tensor, k_BKSD: Tensor, lse_BHW: Tensor | None, weight: Tensor | None, **logit_arguments: Any
-) -> Tensor:
+def _column_mass(q: Tensor, k: Tensor, lse: Tensor | None, weight: Tensor | None, **logit_arguments: Any) -> Tensor:
     """Return [B, K, G, S]; weight is [B, W] or [B, H, W]."""
+    q_BHWD, k_BKSD, lse_BHW = q, k, lse
     batch, heads, width, _ = q_BHWD.shape
     kv_heads, keys = k_BKSD.shape[1:3]
     grouped = (batch, kv_heads, heads // kv_heads)
@@ -225,6 +229,21 @@ def _probabilities(logits: Tensor, lse: Tensor | None, allowed: Tensor | None) -
     return p if allowed is None else p.masked_fill(~allowed, 0)
 
 
+def _by_samples(q: Tensor, k: Tensor, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """The arguments of as many samples at a time as one block of logits may hold, at least one.
+
+    The blocks of query rows are then the same whatever the batch: a sample's sums never depend on its batch mates.
+    """
+    sample_bytes = q.shape[1] * q.shape[2] * k.shape[2] * _score_dtype(q).itemsize
+    step = max(1, _LOGITS_BLOCK_BYTES // max(1, sample_bytes))
+    if len(q) <= step:
+        yield {"q": q, "k": k, **arguments}
+        return
+    for start in range(0, len(q), step):
+        rows = slice(start, start + step)
+        yield {n: v[rows] if isinstance(v, Tensor) else v for n, v in {"q": q, "k": k, **arguments}.items()}
+
+
 def _logit_blocks(
     q_BHWD: Tensor,
     k_BKSD: Tensor,
@@ -245,7 +264,7 @@ def _logit_blocks(
         q_pos = torch.arange(keys - width, keys, device=q_BHWD.device)[None] if q_pos is None else q_pos
         k_pos = torch.arange(keys, device=q_BHWD.device)[None] if k_pos is None else k_pos
 
-    step = max(1, _LOGITS_BLOCK_BYTES // max(1, batch * heads * keys * dtype.itemsize))
+    step = max(1, _LOGITS_BLOCK_BYTES // max(1, heads * keys * dtype.itemsize))
     for start in range(0, width, step):
         rows = slice(start, min(start + step, width))
         count = rows.stop - rows.start
