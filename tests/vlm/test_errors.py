@@ -99,6 +99,13 @@ def test_a_feature_layer_that_is_not_one_layer_of_the_tower_is_refused(layer):
         vlmeff.wrap(model, None, tokens=PRUNE)
 
 
+def test_a_method_without_scores_takes_a_tower_that_hiprune_cannot_read():
+    model = vlmeff.wrap(tiny_llava(layer=[-2, -3]), None, tokens=vlmeff.Downsample(keep=9))
+    inputs = llava_inputs(model, [1])
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    assert vlmeff.report(model).visual_tokens_after == 9
+
+
 def test_a_tower_whose_cls_token_is_projected_is_refused_by_the_name_of_the_setting():
     with pytest.raises(UnsupportedModelError, match="vision_feature_select_strategy"):
         vlmeff.wrap(tiny_llava(strategy="full"), None, tokens=PRUNE)
@@ -299,6 +306,25 @@ def test_a_video_that_the_caller_has_encoded_is_refused_too(call, with_picture):
             inputs[key] = torch.cat([inputs[key], picture[key]], 1)
     with refused(model, NotImplementedError, "video"):
         ask(model, call, inputs)
+
+
+@every_call
+@pytest.mark.parametrize("request_of", ["a video", "encoder outputs"])
+def test_a_full_share_passes_on_even_what_could_not_be_reduced(request_of, call):
+    model = tiny_qwen2_5_vl()
+    inputs = video_inputs(model) if request_of == "a video" else prompts(model, [1])
+
+    def answer():
+        arguments = dict(inputs)
+        if request_of == "encoder outputs":
+            arguments["mm_encoder_outputs"] = {"image": encoded(model, inputs)}
+            del arguments["pixel_values"]
+        output = ask(model, call, arguments)
+        return output if call == "generate" else output.logits
+
+    expected = answer()
+    vlmeff.wrap(model, None, tokens=vlmeff.HiPrune(keep=1.0))
+    assert torch.equal(answer(), expected)
 
 
 @every_model

@@ -9,7 +9,10 @@ Stage 2, ``language``: projector and Llama learn to answer with the tower frozen
 conversations: they share the picture's tokens as a prefix, a block mask hides them from each other and their positions
 restart behind the picture, so each is computed exactly as if it stood alone.
 
-Stage 3, ``joint``: everything together at a low learning rate.
+Stage 3, ``joint``: everything together, with the losses of both stages. Every answer has equal weight (before, the
+long describing sentences carry most of the loss), questions about places come twice as often, and patches on a shape
+have to say where they are: without that the tower forgets the place of what it recognises, and "where is the red
+circle?" stays at chance.
 """
 
 from __future__ import annotations
@@ -49,12 +52,13 @@ from vlmeff.models.tiny_llava.architecture import (
 )
 
 SEED = 0
-STEPS = {"tower": 900, "language": 1300, "joint": 250}
-BATCH = {"tower": 64, "language": 32, "joint": 24}
-PEAK_LR = {"tower": 2e-3, "language": 2e-3, "joint": 3e-4}
+STEPS = {"tower": 900, "language": 1300, "joint": 380}
+BATCH = {"tower": 64, "language": 32, "joint": 32}
+PEAK_LR = {"tower": 2e-3, "language": 2e-3, "joint": 8e-4}
 CONVERSATIONS = 8  # per picture
 SINGLE_SHARE = 0.35  # pictures that are one easy-vqa image rather than a mosaic
 COUNTS = 5  # zero to four shapes
+PLACES = ("position", "position_object", "where", "occupied")
 
 
 @dataclass
@@ -143,9 +147,8 @@ class TowerHeads(nn.Module):
         self.pairs = nn.Linear(width, len(COLORS) * len(SHAPES))
 
 
-def tower_loss(tower: Any, heads: TowerHeads, pictures: list[Picture], x: Tensor) -> tuple[Tensor, str]:
-    with torch.autocast("cpu", torch.bfloat16):
-        out = tower(x, output_hidden_states=True)
+def tower_loss(out: Any, heads: TowerHeads, pictures: list[Picture], *, place: float) -> tuple[Tensor, str]:
+    """``out``: the tower's output with hidden states. ``place``: weight of the place of patches on a shape."""
     patches = heads.norm(out.hidden_states[-2][:, 1:].float())
     color = torch.stack([patch_labels(p.color_map, len(COLORS)) for p in pictures])
     shape = torch.stack([patch_labels(p.shape_map, len(SHAPES)) for p in pictures])
@@ -179,13 +182,16 @@ def tower_loss(tower: Any, heads: TowerHeads, pictures: list[Picture], x: Tensor
         + 0.5 * mean_ce(heads.count(patches), count, ~on_shape)
         + 0.1 * mean_ce(row_logits, rows, everywhere)
         + 0.1 * mean_ce(column_logits, columns, everywhere)
+        + place * mean_ce(row_logits, rows, on_shape)
+        + place * mean_ce(column_logits, columns, on_shape)
         + 2 * F.binary_cross_entropy_with_logits(pair_logits, pairs)
     )
     with torch.no_grad():
         color_hit = (color_logits.argmax(-1) == color)[on_shape].float().mean()
         shape_hit = (shape_logits.argmax(-1) == shape)[on_shape].float().mean()
+        place_hit = (row_logits.argmax(-1) == rows)[on_shape].float().mean()
         count_hit = (heads.count(patches).argmax(-1) == count)[~on_shape].float().mean()
-    return loss, f"colour {color_hit:.3f} shape {shape_hit:.3f} count {count_hit:.3f}"
+    return loss, f"colour {color_hit:.3f} shape {shape_hit:.3f} count {count_hit:.3f} place {place_hit:.3f}"
 
 
 class Conversations:
@@ -214,8 +220,9 @@ class Conversations:
         answer = [*self.ids(question.answer), self.eos]
         return asked + answer, [False] * len(asked) + [True] * len(answer)
 
-    def choose(self, questions: list[Question], rng: random.Random) -> list[list[Question]]:
-        """One describing conversation and CONVERSATIONS - 1 others; kinds are drawn evenly, some have two turns."""
+    def choose(self, questions: list[Question], rng: random.Random, *, balance: bool) -> list[list[Question]]:
+        """One describing conversation and CONVERSATIONS - 1 others; kinds are drawn evenly (those about places twice as
+        often with ``balance``), some conversations have two turns."""
         by_kind: dict[str, list[Question]] = {}
         for q in questions:
             # Colour, shape and yes/no questions of easy-vqa count as kinds of their own.
@@ -223,6 +230,8 @@ class Conversations:
             by_kind.setdefault(kind, []).append(q)
         describe = by_kind.pop("describe")
         kinds = sorted(by_kind)
+        if balance:
+            kinds += [kind for kind in kinds if kind in PLACES]
         out = [[rng.choice(describe)]]
         for _ in range(CONVERSATIONS - 1):
             first = rng.choice(by_kind[rng.choice(kinds)])
@@ -232,18 +241,21 @@ class Conversations:
             out.append(turns)
         return out
 
-    def pack(self, pictures: list[Picture], rng: random.Random) -> dict[str, Tensor]:
-        """input_ids, position_ids, labels [B, L] and the additive block mask [B, 1, L, L]."""
-        rows: list[tuple[list[int], list[int], list[int], list[bool]]] = []
+    def pack(self, pictures: list[Picture], rng: random.Random, *, balance: bool) -> dict[str, Tensor]:
+        """input_ids, position_ids, labels, weight [B, L] and the additive block mask [B, 1, L, L].
+
+        ``balance`` gives every answer the same weight instead of every token.
+        """
+        rows: list[tuple[list[int], list[int], list[int], list[float]]] = []
         start = len(self.prefix)
         for picture in pictures:
-            ids, branch, position, target = list(self.prefix), [0] * start, list(range(start)), [False] * start
-            for number, turns in enumerate(self.choose(picture.questions, rng), start=1):
+            ids, branch, position, target = list(self.prefix), [0] * start, list(range(start)), [0.0] * start
+            for number, turns in enumerate(self.choose(picture.questions, rng, balance=balance), start=1):
                 at = start
                 for i, question in enumerate(turns):
                     tokens, answers = self.turn(question, rng, first=i == 0)
                     ids += tokens
-                    target += answers
+                    target += [a / sum(answers) if balance else float(a) for a in answers]
                     branch += [number] * len(tokens)
                     position += range(at, at + len(tokens))
                     at += len(tokens)
@@ -256,24 +268,31 @@ class Conversations:
         input_ids = padded([r[0] for r in rows], self.tokenizer.pad_token_id)
         branches = padded([r[1] for r in rows], -1)
         position_ids = padded([r[2] for r in rows], 0)
-        answers_at = padded([[int(t) for t in r[3]] for r in rows], 0).bool()
-        labels = torch.where(answers_at, input_ids, -100)
+        weight = torch.zeros(len(rows), length)
+        for i, row in enumerate(rows):
+            weight[i, : len(row[3])] = torch.tensor(row[3])
+        labels = torch.where(weight > 0, input_ids, -100)
         order = torch.arange(length)
         sees = (branches[:, None, :] == branches[:, :, None]) | (branches[:, None, :] == 0)
         sees &= order[None, None, :] <= order[None, :, None]
         mask = torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.float32).min)[:, None]
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "mask": mask}
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "labels": labels,
+            "weight": weight,
+            "mask": mask,
+        }
 
 
-def language_loss(model: Any, batch: dict[str, Tensor], x: Tensor, *, train_tower: bool) -> tuple[Tensor, str]:
+def language_loss(model: Any, batch: dict[str, Tensor], out: Any) -> tuple[Tensor, str]:
+    """``out``: the tower's output with hidden states."""
     with torch.autocast("cpu", torch.bfloat16):
-        with torch.set_grad_enabled(train_tower):
-            hidden = model.model.vision_tower(x, output_hidden_states=True).hidden_states[-2][:, 1:]
-        visual = model.model.multi_modal_projector(hidden)
+        visual = model.model.multi_modal_projector(out.hidden_states[-2][:, 1:])
         embeds = model.get_input_embeddings()(batch["input_ids"]).to(visual.dtype)
         where = (batch["input_ids"] == model.config.image_token_id)[..., None]
         embeds = embeds.masked_scatter(where, visual.reshape(-1, visual.shape[-1]))
-        out = model.model.language_model(
+        answered_from = model.model.language_model(
             inputs_embeds=embeds,
             attention_mask=batch["mask"].to(embeds.dtype),
             position_ids=batch["position_ids"],
@@ -281,8 +300,9 @@ def language_loss(model: Any, batch: dict[str, Tensor], x: Tensor, *, train_towe
         ).last_hidden_state
     labels = batch["labels"][:, 1:]
     answered = labels != -100
-    logits = model.lm_head(out[:, :-1][answered].float())
-    loss = F.cross_entropy(logits, labels[answered])
+    logits = model.lm_head(answered_from[:, :-1][answered].float())
+    weight = batch["weight"][:, 1:][answered]
+    loss = (F.cross_entropy(logits, labels[answered], reduction="none") * weight).sum() / weight.sum()
     hit = (logits.argmax(-1) == labels[answered]).float().mean()
     return loss, f"answer tokens {hit:.4f}"
 
@@ -302,12 +322,14 @@ def run_stage(stage: str, work: Path, seed: int, steps: int) -> None:
     previous = {"language": "tower", "joint": "language"}.get(stage)
     if previous:
         model.load_state_dict(torch.load(work / f"{previous}.pt", weights_only=True)["model"])
-    modules = {
-        "tower": nn.ModuleList([model.model.vision_tower, heads]),
-        "language": nn.ModuleList([model.model.multi_modal_projector, model.model.language_model, model.lm_head]),
-        "joint": model,
-    }
-    parameters = list(modules[stage].parameters())
+        heads.load_state_dict(torch.load(work / "tower.pt", weights_only=True)["heads"])
+    tower, language = model.model.vision_tower, [model.model.multi_modal_projector, model.model.language_model]
+    trained = {
+        "tower": [tower, heads],
+        "language": [*language, model.lm_head],
+        "joint": [model, heads],
+    }[stage]
+    parameters = list(nn.ModuleList(trained).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR[stage], weight_decay=0.02, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR[stage], total_steps=steps + 1, pct_start=0.15)
     done, file, spent = 0, work / f"{stage}.pt", 0.0
@@ -323,10 +345,16 @@ def run_stage(stage: str, work: Path, seed: int, steps: int) -> None:
         rng = random.Random(f"{seed}-{stage}-{step}")  # a resumed run sees the batches that an unbroken one would
         pictures = [draw_picture(rng, questions_of, flips=True) for _ in range(BATCH[stage])]
         x = to_pixel_values([p.pixels for p in pictures], mean, std)
-        if stage == "tower":
-            loss, note = tower_loss(model.model.vision_tower, heads, pictures, x)
-        else:
-            loss, note = language_loss(model, packer.pack(pictures, rng), x, train_tower=stage == "joint")
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(stage != "language"):
+            seen = tower(x, output_hidden_states=True)
+        losses: list[tuple[Tensor, str]] = []
+        if stage != "language":
+            losses.append(tower_loss(seen, heads, pictures, place=1.0 if stage == "joint" else 0.0))
+        if stage != "tower":
+            batch = packer.pack(pictures, rng, balance=stage == "joint")
+            losses.append(language_loss(model, batch, seen))
+        loss = torch.stack([value for value, _ in losses]).sum()
+        note = " ".join(text for _, text in losses)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
