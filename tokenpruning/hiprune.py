@@ -46,11 +46,12 @@ class HiPrune:
 
     def __post_init__(self) -> None:
         check_budget("HiPrune", self.keep)
-        if not 0 <= self.alpha <= 1:  # also false for NaN
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not number or not 0 <= self.alpha <= 1:  # also false for NaN
             raise ConfigError(f"HiPrune: alpha={self.alpha!r} must lie in [0, 1].")
         if self.buffer_mode not in ("linear", "grid"):
             raise ConfigError(f"HiPrune: buffer_mode={self.buffer_mode!r} must be 'linear' or 'grid'.")
-        if self.object_layer is not None and (not isinstance(self.object_layer, int) or self.object_layer < 1):
+        if self.object_layer is not None and (type(self.object_layer) is not int or self.object_layer < 1):
             raise ConfigError(f"HiPrune: object_layer={self.object_layer!r} must be a layer number from 1 on.")
 
     def select(self, segment: Segment, k: int) -> Selection:

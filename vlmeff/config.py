@@ -8,8 +8,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from tokenpruning import Selector, methods
 from vlmeff import zoo
 from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
@@ -69,7 +67,7 @@ def make_plan(
         keep = {} if method is None else {"keep": method.keep}
         method = make_method(tokens, {**keep, **overrides})
     elif tokens is not None:
-        if not isinstance(tokens, Selector):
+        if isinstance(tokens, type) or not isinstance(tokens, Selector):
             raise ConfigError(
                 f"wrap: tokens={tokens!r} must be a token reduction method such as vlmeff.HiPrune(keep=0.5), or one of "
                 f"the names {', '.join(methods.names())}."
@@ -91,6 +89,7 @@ def make_plan(
             f"preset {preset!r} has only a token step, and {type(model).__name__} takes no pictures."
         )
     family = family_of(model)
+    family.refuse_model(model)
     family.score_layers(model, method.scores, getattr(method, "object_layer", None))  # raises on an illegal layer
     logger.info("vlmeff: %s on %s", method, type(model).__name__)
     return Plan(preset=preset, entry=entry, tokens=method), family

@@ -62,6 +62,8 @@ class Family(ABC):
 
     def score_layers(self, model: Any, names: tuple[str, ...], object_layer: int | None) -> dict[str, nn.Module]:
         """The attention modules behind the scores a selector asks for; raises on an object layer that is not legal."""
+        if not names:
+            return {}
         layers, legal = self.attention_layers(model), self.legal_object_layers(model)
         number = self.object_layer(model) if object_layer is None else object_layer
         if "object" in names and number not in legal:
@@ -79,9 +81,17 @@ class Family(ABC):
         found = {"object": layers[number - 1], "deep": layers[deep]} if legal else {}
         return {name: found[name] for name in names}
 
+    def refuse_model(self, model: Any) -> None:
+        """Raise ``UnsupportedModelError`` for a model of the class whose tokens cannot be reduced."""
+        if not hasattr(model, "generate"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no language model head: wrap the ...ForConditionalGeneration model."
+            )
+
     def refuse_unsupported(self, kwargs: Kwargs) -> None:
         """Raise ``UnsupportedInputError`` for inputs that would silently stay unpruned."""
-        if kwargs.get("pixel_values_videos") is not None:
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
             raise UnsupportedInputError(
                 f"{self.model_type}: token reduction for video is not supported; pass the frames as pictures, or "
                 "vlmeff.unwrap(model) first."
@@ -106,9 +116,12 @@ class Llava(Family):
     def grids(self, model: Any, kwargs: Kwargs) -> list[list[Grid]]:
         if kwargs.get("image_sizes") is not None:
             raise UnsupportedInputError("llava: image_sizes (Pixtral towers) is not supported by token reduction.")
-        _, _, height, width = kwargs["pixel_values"].shape
-        patch = model.config.vision_config.patch_size
-        return [[(height // patch, width // patch)]] * len(kwargs["pixel_values"])
+        vision = model.config.vision_config
+        if kwargs.get("pixel_values") is None:
+            features, size = kwargs["mm_encoder_outputs"]["image"].pooler_output, (vision.image_size, vision.image_size)
+        else:
+            features, size = kwargs["pixel_values"], kwargs["pixel_values"].shape[-2:]
+        return [[(size[0] // vision.patch_size, size[1] // vision.patch_size)]] * len(features)
 
     def attention_layers(self, model: Any) -> list[nn.Module]:
         tower = model.base_model.vision_tower
@@ -147,6 +160,16 @@ class Llava(Family):
         grid = self.grids(model, kwargs)[0][0]
         extra = score.shape[-1] - grid[0] * grid[1]  # CLS votes as a query and is dropped as a column
         return [[row[extra:]] for row in score]
+
+    def refuse_model(self, model: Any) -> None:
+        super().refuse_model(model)
+        tower = getattr(model.base_model.vision_tower, "vision_model", model.base_model.vision_tower)
+        strategy = model.config.vision_feature_select_strategy
+        if strategy != "default" and hasattr(getattr(tower, "embeddings", None), "class_embedding"):
+            raise UnsupportedModelError(
+                f"llava: vision_feature_select_strategy={strategy!r} projects the class token, which has no place in "
+                "the grid; token reduction needs 'default'."
+            )
 
     def refuse_unsupported(self, kwargs: Kwargs) -> None:
         super().refuse_unsupported(kwargs)

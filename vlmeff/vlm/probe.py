@@ -7,9 +7,11 @@ stays whatever it is; nothing of size heads x tokens x tokens is ever built (``v
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +57,11 @@ def probe(layers: Mapping[str, nn.Module], query_key: QueryKeyFn) -> Iterator[di
     for name, module in layers.items():
         names_of.setdefault(module, []).append(name)
 
+    owner = threading.get_ident()
+
     def hook(module: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if threading.get_ident() != owner:
+            return  # another thread's picture goes through the same modules
         hidden = args[0] if args else kwargs["hidden_states"]
         assert isinstance(hidden, Tensor)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenpruning import Segment, Selection, Selector, split_budget
 from tokenpruning.plan import PrunePlan, all_of, join_segments
@@ -37,6 +37,16 @@ class PromptRecord:
     short_ids: Tensor
     short_mask: Tensor
     rope_deltas: Tensor | None
+
+    def repeated(self, cache: Any) -> PromptRecord:
+        """For a cache with several rows for each row of the prompt (returned sequences, beams)."""
+        keys = getattr(cache.layers[0], "keys", None) if cache is not None and getattr(cache, "layers", None) else None
+        n = 1 if keys is None else keys.shape[0] // len(self.prompt_ids)
+        if n == 1:
+            return self
+        ids, short, mask, deltas = self.prompt_ids, self.short_ids, self.short_mask, self.rope_deltas
+        ids, short, mask = (x.repeat_interleave(n, 0) for x in (ids, short, mask))
+        return PromptRecord(ids, short, mask, None if deltas is None else deltas.repeat_interleave(n, 0))
 
 
 @dataclass(eq=False)
@@ -79,7 +89,12 @@ def shorten_request(
     input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
     has_pictures = kwargs.get("pixel_values") is not None
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    if selector.keep == 1.0 and isinstance(selector.keep, float):
+        return Untouched()
     record: PromptRecord | None = getattr(cache, RECORD, None)
+    if record is not None and int(cache.get_seq_length()) == 0:
+        delattr(cache, RECORD)  # reset for another prompt
+        record = None
     if record is not None:
         if has_pictures or encoded is not None:
             raise IncompatibleError(
@@ -90,7 +105,7 @@ def shorten_request(
     family.refuse_unsupported(kwargs)
     if not has_pictures and encoded is None:
         return Untouched()
-    if input_ids is None:
+    if input_ids is None or kwargs.get("inputs_embeds") is not None:
         warnings.warn(
             "vlmeff: inputs_embeds given, so the pictures are not reduced; pass input_ids and pixel_values.",
             stacklevel=4,
@@ -124,6 +139,8 @@ def shorten_request(
     token_id = family.image_token_id(model)
     keep = keep_mask(input_ids, token_id, zip(plan.keep, plan.sizes, strict=True))
     mask = kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise UnsupportedInputError("attention_mask must be [B, L] where pictures are reduced.")
     if mask is None and generating:
         mask = _mask_of_padding(model, input_ids)
     valid = torch.ones_like(keep) if mask is None else mask.to(keep.device).bool()
@@ -201,7 +218,7 @@ def _continue(
             if kwargs.get(name) is not None:
                 kept = torch.zeros_like(record.short_ids)
                 short[name] = torch.cat([kept.to(kwargs[name]), kwargs[name][:, length:]], 1)
-    elif mask is not None and mask.shape[1] > length:
+    elif mask is not None and mask.shape[1] != int(kwargs["past_key_values"].get_seq_length()) + input_ids.shape[1]:
         # A hand-written loop grows the mask of the whole prompt; the cache holds the short one.
         short["attention_mask"] = torch.cat([short_mask, mask[:, length:].to(short_mask)], 1)
     if record.rope_deltas is not None:

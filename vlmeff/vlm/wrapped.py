@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from vlmeff.config import Plan
 from vlmeff.errors import UnsupportedInputError
@@ -89,9 +90,13 @@ def _wrapped_class(original: type[nn.Module]) -> type[nn.Module]:
     warnings) sees the model it knows."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if STATE not in self.__dict__:  # made by this class, or called through a reference kept from before unwrap
+            return original.forward(self, *args, **kwargs)
         return _forward(self, args, kwargs)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if STATE not in self.__dict__:
+            return original.generate(self, *args, **kwargs)
         return _generate(self, args, kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
@@ -153,12 +158,14 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return original(**request.kwargs)  # a step of a hand-written loop; the report stays that of the prompt
     else:
         _check_logits_to_keep(named)
-        output = original(**request.kwargs)
+        output = original(**{**request.kwargs, "return_dict": True})
         output.vlmeff_keep = request.keep
         attach_record(getattr(output, "past_key_values", None), request.record)
     meter.after_forward(columns((), named), output)
     meter.finish()
     state.report = _make_report(model, state, request, named, meter, new_tokens=None)
+    if isinstance(request, ShortRequest) and named.get("return_dict", model.config.return_dict) is False:
+        return output.to_tuple()
     return output
 
 
@@ -181,8 +188,18 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         )
     short = dict(named) if isinstance(request, Untouched) else dict(request.kwargs)
     input_ids = short.get("input_ids")
+    prompt: _CallersPrompt | None = None
     if isinstance(request, ShortRequest):
         _reduce_total_lengths(model, short, request.dropped)
+        prompt = _CallersPrompt(request.prompt_ids, short["input_ids"].shape[1])
+        if short.get("stopping_criteria"):
+            given = short["stopping_criteria"]
+            given = given if isinstance(given, list) else [given]
+            short["stopping_criteria"] = StoppingCriteriaList(_RestoringCriterion(c, prompt) for c in given)
+        if short.get("logits_processor"):
+            short["logits_processor"] = LogitsProcessorList(
+                _RestoringProcessor(p, prompt) for p in short["logits_processor"]
+            )
         if short.get("streamer") is not None:
             short["streamer"] = _PromptRestoringStreamer(short["streamer"], request.prompt_ids)
     if input_ids is not None:
@@ -199,11 +216,9 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return result
     sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
     new_tokens = sequences.shape[1] - input_ids.shape[1]
-    if isinstance(request, ShortRequest):
-        repeats = len(sequences) // len(request.prompt_ids)
-        prompt = request.prompt_ids.to(sequences.device).repeat_interleave(repeats, 0)
-        sequences = torch.cat([prompt, sequences[:, input_ids.shape[1] :]], 1)
-        attach_record(cache, request.record)
+    if isinstance(request, ShortRequest) and prompt is not None:
+        sequences = prompt.restore(sequences)
+        attach_record(cache, request.record.repeated(cache))
         if isinstance(result, Tensor):
             result = sequences
         else:
@@ -237,7 +252,8 @@ def _reduce_total_lengths(model: Any, kwargs: dict[str, Any], dropped: int) -> N
     config = kwargs.get("generation_config") or model.generation_config
     changed = {}
     for name in ("max_length", "min_length"):
-        value = kwargs.get(name, getattr(config, name, None))
+        places = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
+        value = next((v for v in places if v is not None), None)
         if value:
             changed[name] = max(value - dropped, 0)
     if not changed:
@@ -249,6 +265,34 @@ def _reduce_total_lengths(model: Any, kwargs: dict[str, Any], dropped: int) -> N
         kwargs["generation_config"] = config
     else:
         kwargs.update(changed)
+
+
+@dataclass(frozen=True, eq=False)
+class _CallersPrompt:
+    """Turns the shortened prompt at the head of ``input_ids`` back into the caller's, for the caller's own objects."""
+
+    prompt_ids: Tensor
+    short_width: int
+
+    def restore(self, input_ids: Tensor) -> Tensor:
+        prompt = self.prompt_ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.prompt_ids), 0)
+        return torch.cat([prompt, input_ids[:, self.short_width :]], 1)
+
+
+class _RestoringCriterion(StoppingCriteria):
+    def __init__(self, criterion: Any, prompt: _CallersPrompt) -> None:
+        self._criterion, self._prompt = criterion, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return self._criterion(self._prompt.restore(input_ids), scores, **kwargs)
+
+
+class _RestoringProcessor(LogitsProcessor):
+    def __init__(self, processor: Any, prompt: _CallersPrompt) -> None:
+        self._processor, self._prompt = processor, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        return self._processor(self._prompt.restore(input_ids), scores)
 
 
 class _PromptRestoringStreamer:
