@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
-from tiny_models import IMAGE, MODELS, PAD, SPECIAL, left_padded, llava_inputs, prompts, qwen_inputs, tiny
+from tiny_models import IMAGE, MODELS, PAD, SPECIAL, VOCABULARY, left_padded, llava_inputs, prompts, qwen_inputs, tiny
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
     StaticCache,
     StoppingCriteria,
     TextIteratorStreamer,
@@ -302,17 +303,37 @@ def test_a_text_iterator_streamer_in_another_thread_yields_the_answer(name):
     assert words == [str(token) for token in expected[0, -NEW:].tolist()]
 
 
+class Watcher(StoppingCriteria, LogitsProcessor):
+    """Notes what it is shown; as a stopping criterion it never stops, as a logits processor it changes nothing."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, input_ids, scores, **_):
+        self.shown.append(input_ids.clone())
+        return scores if isinstance(self, Processor) else torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def allow_everything(self, row, input_ids):
+        self.shown.append(input_ids[None].clone())
+        return list(range(VOCABULARY))
+
+
+class Processor(Watcher):
+    pass
+
+
+@pytest.mark.parametrize("role", ["stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"])
 @every_model
-def test_a_stopping_criterion_sees_the_prompt_of_the_caller(name):
+def test_what_the_caller_hangs_into_generate_sees_the_prompt_of_the_caller(name, role):
     wrapped = wrapped_tiny(name)
     inputs = prompts(wrapped, [1])
     width = inputs["input_ids"].shape[1]
-
-    class ThreeNewTokens(StoppingCriteria):
-        def __call__(self, input_ids, scores, **_):
-            return torch.full((len(input_ids),), input_ids.shape[1] >= width + 3)
-
-    assert wrapped.generate(**inputs, max_new_tokens=12, stopping_criteria=[ThreeNewTokens()]).shape[1] == width + 3
+    watcher = Processor() if role == "logits_processor" else Watcher()
+    given = watcher.allow_everything if role == "prefix_allowed_tokens_fn" else [watcher]
+    out = wrapped.generate(**inputs, max_new_tokens=3, **{role: given})
+    before = 1 if role == "stopping_criteria" else 0  # it is asked after a token was chosen, the others before
+    assert [ids.shape[1] for ids in watcher.shown] == [width + before + step for step in range(3)]
+    assert all(torch.equal(ids, out[:, : ids.shape[1]]) for ids in watcher.shown)
 
 
 # Several turns
@@ -371,6 +392,21 @@ def test_a_later_turn_may_follow_several_returned_sequences(name):
     for row in range(2):
         turn = with_words(inputs, out.sequences[row : row + 1], [20, 21])
         assert torch.equal(second[row], wrapped.generate(**turn, max_new_tokens=4)[0])
+
+
+@pytest.mark.parametrize(
+    "tokens", [vlmeff.HiPrune(keep=0.9), vlmeff.HiPrune(keep=1.0), None], ids=["0.9", "1.0", "none"]
+)
+@every_model
+def test_a_pruned_cache_outlives_a_change_of_the_configuration(name, tokens):
+    wrapped = wrapped_tiny(name)
+    inputs = prompts(wrapped, [1])
+    out = wrapped.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    turn = with_words(inputs, out.sequences, [20, 21])
+    expected = wrapped.generate(**turn, max_new_tokens=4)
+    vlmeff.wrap(wrapped, None, tokens=tokens)
+    second = wrapped.generate(**text_only(turn), past_key_values=out.past_key_values, max_new_tokens=4)
+    assert torch.equal(second, expected)
 
 
 @every_model

@@ -13,6 +13,8 @@ Stage 3, ``joint``: everything together, with the losses of both stages. Every a
 long describing sentences carry most of the loss), questions about places come twice as often, and patches on a shape
 have to say where they are: without that the tower forgets the place of what it recognises, and "where is the red
 circle?" stays at chance.
+
+Stage 4, ``answers``: projector and Llama once more, with equal weight for every answer, on the tower as it is now.
 """
 
 from __future__ import annotations
@@ -52,9 +54,9 @@ from vlmeff.models.tiny_llava.architecture import (
 )
 
 SEED = 0
-STEPS = {"tower": 900, "language": 1300, "joint": 380}
-BATCH = {"tower": 64, "language": 32, "joint": 32}
-PEAK_LR = {"tower": 2e-3, "language": 2e-3, "joint": 8e-4}
+STEPS = {"tower": 900, "language": 1300, "joint": 380, "answers": 450}
+BATCH = {"tower": 64, "language": 32, "joint": 32, "answers": 32}
+PEAK_LR = {"tower": 2e-3, "language": 2e-3, "joint": 8e-4, "answers": 2e-3}
 CONVERSATIONS = 8  # per picture
 SINGLE_SHARE = 0.35  # pictures that are one easy-vqa image rather than a mosaic
 COUNTS = 5  # zero to four shapes
@@ -319,7 +321,7 @@ def run_stage(stage: str, work: Path, seed: int, steps: int) -> None:
     for image_id, question, answer in easy_vqa_questions("train"):
         questions_of.setdefault(image_id, []).append(Question("easy_vqa", question, answer))
 
-    previous = {"language": "tower", "joint": "language"}.get(stage)
+    previous = {"language": "tower", "joint": "language", "answers": "joint"}.get(stage)
     if previous:
         model.load_state_dict(torch.load(work / f"{previous}.pt", weights_only=True)["model"])
         heads.load_state_dict(torch.load(work / "tower.pt", weights_only=True)["heads"])
@@ -328,6 +330,7 @@ def run_stage(stage: str, work: Path, seed: int, steps: int) -> None:
         "tower": [tower, heads],
         "language": [*language, model.lm_head],
         "joint": [model, heads],
+        "answers": [*language, model.lm_head],
     }[stage]
     parameters = list(nn.ModuleList(trained).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR[stage], weight_decay=0.02, betas=(0.9, 0.98))
@@ -345,13 +348,13 @@ def run_stage(stage: str, work: Path, seed: int, steps: int) -> None:
         rng = random.Random(f"{seed}-{stage}-{step}")  # a resumed run sees the batches that an unbroken one would
         pictures = [draw_picture(rng, questions_of, flips=True) for _ in range(BATCH[stage])]
         x = to_pixel_values([p.pixels for p in pictures], mean, std)
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(stage != "language"):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(stage in ("tower", "joint")):
             seen = tower(x, output_hidden_states=True)
         losses: list[tuple[Tensor, str]] = []
-        if stage != "language":
+        if stage in ("tower", "joint"):
             losses.append(tower_loss(seen, heads, pictures, place=1.0 if stage == "joint" else 0.0))
         if stage != "tower":
-            batch = packer.pack(pictures, rng, balance=stage == "joint")
+            batch = packer.pack(pictures, rng, balance=stage != "language")
             losses.append(language_loss(model, batch, seen))
         loss = torch.stack([value for value, _ in losses]).sum()
         note = " ".join(text for _, text in losses)
@@ -379,7 +382,7 @@ def run_stage(stage: str, work: Path, seed: int, steps: int) -> None:
 
 def export(work: Path, out: Path, seed: int) -> None:
     """Write the model of the last finished stage as a transformers folder, with how it was trained."""
-    stage = next(s for s in ("joint", "language") if (work / f"{s}.pt").exists())
+    stage = next(s for s in ("answers", "joint", "language") if (work / f"{s}.pt").exists())
     model = build_model()
     model.load_state_dict(torch.load(work / f"{stage}.pt", weights_only=True)["model"])
     model.eval().save_pretrained(out)
@@ -397,7 +400,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; a second run resumes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
-    parser.add_argument("--stages", default="tower,language,joint")
+    parser.add_argument("--stages", default=",".join(STEPS))
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps")
     args = parser.parse_args()
