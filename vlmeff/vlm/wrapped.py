@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,6 +201,8 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             short["logits_processor"] = LogitsProcessorList(
                 _RestoringProcessor(p, prompt) for p in short["logits_processor"]
             )
+        if short.get("prefix_allowed_tokens_fn") is not None:
+            short["prefix_allowed_tokens_fn"] = prompt.restoring_prefix_fn(short["prefix_allowed_tokens_fn"])
         if short.get("streamer") is not None:
             short["streamer"] = _PromptRestoringStreamer(short["streamer"], request.prompt_ids)
     if input_ids is not None:
@@ -277,6 +280,12 @@ class _CallersPrompt:
     def restore(self, input_ids: Tensor) -> Tensor:
         prompt = self.prompt_ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.prompt_ids), 0)
         return torch.cat([prompt, input_ids[:, self.short_width :]], 1)
+
+    def restoring_prefix_fn(self, allowed: Callable[[int, Tensor], list[int]]) -> Callable[[int, Tensor], list[int]]:
+        def restored(row: int, ids: Tensor) -> list[int]:
+            return allowed(row, torch.cat([self.prompt_ids[row].to(ids.device), ids[self.short_width :]]))
+
+        return restored
 
 
 class _RestoringCriterion(StoppingCriteria):
