@@ -1,4 +1,4 @@
-"""Key/value cache: what it holds, and (from the next release on) what of it is retained."""
+"""Key/value cache: how much of it there is."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ class Untouched:
 
 def shorten_request(
     model: Any,
-    family: Family,
-    selector: Selector,
+    family: Family | None,
+    selector: Selector | None,
     kwargs: dict[str, Any],
     *,
     generating: bool,
@@ -89,8 +89,6 @@ def shorten_request(
     input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
     has_pictures = kwargs.get("pixel_values") is not None
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-    if selector.keep == 1.0 and isinstance(selector.keep, float):
-        return Untouched()
     record: PromptRecord | None = getattr(cache, RECORD, None)
     if record is not None and int(cache.get_seq_length()) == 0:
         delattr(cache, RECORD)  # reset for another prompt
@@ -101,7 +99,9 @@ def shorten_request(
                 "past_key_values holds a prompt with reduced pictures and this turn brings another picture: pass the "
                 "whole conversation with all its pictures and no past_key_values."
             )
-        return _continue(model, family, record, kwargs, generating=generating)
+        return _continue(model, record, kwargs, generating=generating)
+    if selector is None or family is None or (isinstance(selector.keep, float) and selector.keep == 1.0):
+        return Untouched()
     family.refuse_unsupported(kwargs)
     if not has_pictures and encoded is None:
         return Untouched()
@@ -189,9 +189,7 @@ def attach_record(cache: Any, record: PromptRecord) -> None:
         setattr(cache, RECORD, record)
 
 
-def _continue(
-    model: Any, family: Family, record: PromptRecord, kwargs: dict[str, Any], *, generating: bool
-) -> ShortRequest:
+def _continue(model: Any, record: PromptRecord, kwargs: dict[str, Any], *, generating: bool) -> ShortRequest:
     """A call that goes on from the cache of a shortened prompt."""
     input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     rows, length = record.prompt_ids.shape

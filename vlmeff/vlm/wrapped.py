@@ -145,14 +145,13 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.compiler.is_compiling():
             call.meter.after_forward(columns(args, kwargs), output)
         return output
-    selector, family = state.plan.tokens, state.family
-    if selector is None or family is None:
-        return original(*args, **kwargs)
     named = _bind("forward", original, args, kwargs)
-    if not _concerns(named):
+    if not _concerns(named, state.plan):
         return original(*args, **kwargs)
     meter = Meter(_device(model, named))
-    request = shorten_request(model, family, selector, named, generating=False, lock=state.lock, clock=meter.clock)
+    request = shorten_request(
+        model, state.family, state.plan.tokens, named, generating=False, lock=state.lock, clock=meter.clock
+    )
     if isinstance(request, Untouched):
         output = original(**named)
     elif request.keep is None:
@@ -183,7 +182,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             named["input_ids"] = inputs
     meter = Meter(_device(model, named))
     request: ShortRequest | Untouched = Untouched()
-    if state.plan.tokens is not None and state.family is not None and _concerns(named):
+    if _concerns(named, state.plan):
         request = shorten_request(
             model, state.family, state.plan.tokens, named, generating=True, lock=state.lock, clock=meter.clock
         )
@@ -230,11 +229,15 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _concerns(named: dict[str, Any]) -> bool:
-    """Whether a request has to do with pictures: decode steps and text prompts take the short way."""
-    return any(named.get(n) is not None for n in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")) or (
-        hasattr(named.get("past_key_values"), RECORD)
-    )
+def _concerns(named: dict[str, Any], plan: Plan) -> bool:
+    """Whether a request may be shortened: decode steps and text prompts take the short way.
+
+    A cache of a shortened prompt stays one, whatever the plan has become since.
+    """
+    if hasattr(named.get("past_key_values"), RECORD):
+        return True
+    pictures = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+    return plan.tokens is not None and any(named.get(name) is not None for name in pictures)
 
 
 def _device(model: Any, named: dict[str, Any]) -> torch.device:
