@@ -108,7 +108,7 @@ def _replace(method: Selector, overrides: dict[str, Any]) -> Selector:
 
 
 def _check_fields(cls: type[Selector], name: str, arguments: dict[str, Any]) -> None:
-    legal = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    legal: list[str] = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
     for argument in arguments:
         if argument not in legal:
             raise UnknownArgumentError(f"argument of {name}", argument, legal)

@@ -90,7 +90,7 @@ def shorten_request(
     has_pictures = kwargs.get("pixel_values") is not None
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     record: PromptRecord | None = getattr(cache, RECORD, None)
-    if record is not None and int(cache.get_seq_length()) == 0:
+    if record is not None and cache is not None and int(cache.get_seq_length()) == 0:
         delattr(cache, RECORD)  # reset for another prompt
         record = None
     if record is not None:

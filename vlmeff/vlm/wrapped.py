@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from vlmeff.config import Plan
@@ -32,7 +32,7 @@ STATE = "_vlmeff"
 class State:
     """What a wrapped model carries in ``model._vlmeff``."""
 
-    original_class: type[nn.Module]
+    original_class: Any
     plan: Plan
     family: Family | None
     # forward or generate set on the instance itself (accelerate's hooks do): they go on working underneath.
@@ -80,13 +80,13 @@ def detach(model: Any) -> None:
         object.__setattr__(model, name, method)
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
+def _rebuild(original: Any) -> Any:
     cls = _wrapped_class(original)
     return cls.__new__(cls)
 
 
 @functools.cache
-def _wrapped_class(original: type[nn.Module]) -> type[nn.Module]:
+def _wrapped_class(original: Any) -> Any:
     """A subclass of ``original`` under the same name, so that whatever looks at names (config.architectures, pipelines,
     warnings) sees the model it knows."""
 

@@ -6,6 +6,8 @@ model reads layer -2, as LLaVA-1.5 does, so the last layer only serves CLS durin
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
@@ -103,18 +105,17 @@ def build_config() -> LlavaConfig:
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
     )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=vocabulary.index("<image>"),
-        image_seq_length=GRID * GRID,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-        pad_token_id=ids["pad"],
-        bos_token_id=ids["bos"],
-        eos_token_id=ids["eos"],
-    )
+    settings: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": vocabulary.index("<image>"),
+        "image_seq_length": GRID * GRID,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        **{f"{name}_token_id": value for name, value in ids.items()},
+    }
+    return LlavaConfig(**settings)
 
 
 def build_model() -> LlavaForConditionalGeneration:
