@@ -67,8 +67,9 @@ def attach(model: Any, plan: Plan, family: Family | None) -> None:
     methods = {name: model.__dict__[name] for name in ("forward", "generate") if name in model.__dict__}
     for name in methods:
         object.__delattr__(model, name)
-    object.__setattr__(model, STATE, State(type(model), plan, family, methods))
-    model.__class__ = _wrapped_class(type(model))
+    original: Any = type(model)
+    object.__setattr__(model, STATE, State(original, plan, family, methods))
+    model.__class__ = _wrapped_class(original)
 
 
 def detach(model: Any) -> None:
