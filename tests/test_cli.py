@@ -59,7 +59,7 @@ def test_ask_prints_a_table() -> None:
         (["ask", PICTURE, "x", "--keep", "1.5"], 2, ["keep=1.5", "share in (0, 1]"]),
         (["ask", PICTURE, "x", "--tokens", "hipune"], 2, ["hipune", "hiprune"]),
         (["ask", PICTURE, "x", "--dtype", "int3"], 2, ["int3", "bfloat16"]),
-        (["ask", PICTURE], 2, ["QUESTION"]),
+        (["ask", PICTURE], 2, ["question"]),
         (["zoo", "show", "tiny-llava/fats"], 4, ["tiny-llava/fast"]),
     ],
 )
@@ -68,7 +68,7 @@ def test_an_error_is_one_sentence_with_its_exit_code(arguments: list[str], code:
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     for word in words:
-        assert word in done.stderr
+        assert word.lower() in done.stderr.lower()
     assert done.stdout == ""
 
 
