@@ -77,7 +77,8 @@ def test_forward_may_return_a_tuple(name):
 def test_logits_to_keep_gives_the_last_columns(name):
     wrapped = wrapped_tiny(name)
     inputs = prompts(wrapped, [0, 1, 2])
-    assert torch.equal(wrapped(**inputs, logits_to_keep=2).logits, wrapped(**inputs).logits[:, -2:])
+    # Not bit for bit: the head is a product of another size.
+    torch.testing.assert_close(wrapped(**inputs, logits_to_keep=2).logits, wrapped(**inputs).logits[:, -2:])
 
 
 @every_model
