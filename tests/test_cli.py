@@ -60,7 +60,11 @@ def test_ask_prints_a_table() -> None:
         (["ask", PICTURE, "x", "--tokens", "hipune"], 2, ["hipune", "hiprune"]),
         (["ask", PICTURE, "x", "--dtype", "int3"], 2, ["int3", "bfloat16"]),
         (["ask", PICTURE], 2, ["question"]),
+        (["ask", PICTURE, " "], 2, ["question is empty"]),
+        (["ask", PICTURE, "x", "--device", "cudax"], 2, ["cudax", "cannot be used"]),
+        (["ask", PICTURE, "x", "--save-overlay", "overlay.txt"], 2, ["overlay.txt", ".png"]),
         (["zoo", "show", "tiny-llava/fats"], 4, ["tiny-llava/fast"]),
+        (["zoo", "validate", "absent.yaml"], 2, ["E-ZOO-01", "absent.yaml"]),
     ],
 )
 def test_an_error_is_one_sentence_with_its_exit_code(arguments: list[str], code: int, words: list[str]) -> None:

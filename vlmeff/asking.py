@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmeff import zoo
+from vlmeff.config import make_method
 from vlmeff.errors import ConfigError, UnsupportedModelError
 from vlmeff.loading import load
 from vlmeff.reporting import Report, measure, report
@@ -78,7 +79,10 @@ def ask_picture(
 
     Each measured run follows ``warmup`` unmeasured ones, so that neither pays for what is set up once.
     """
-    zoo.resolve(model, preset)  # a misspelt preset is refused before the model is loaded
+    # A misspelt preset, method or budget is refused before the model is loaded.
+    for step in zoo.resolve(model, preset).steps:
+        params = {} if tokens else step.params
+        make_method(tokens or step.method, {"keep": step.keep, **params, **(overrides or {})})
     progress(f"loading {model}")
     vlm, processor = load(model, device=device, dtype=dtype)
     if not hasattr(processor, "image_processor"):

@@ -25,12 +25,10 @@ err = Console(stderr=True)
 def main() -> None:
     """Run the command line; an error of vlmeff is one line on stderr and its exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # a typer.Exit comes back as its code
     except VlmeffError as error:
         err.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted")
         sys.exit(130)
@@ -41,6 +39,7 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _plain(error: object) -> str:
@@ -88,8 +87,13 @@ def ask(
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype!r} must be auto, float32, bfloat16 or float16.")
-    if save_overlay is not None and not save_overlay.parent.is_dir():
-        raise ConfigError(f"--save-overlay: the folder {str(save_overlay.parent)!r} does not exist.")
+    if not question.strip():
+        raise ConfigError("the question is empty: say what to ask about the picture.")
+    if save_overlay is not None:
+        if not save_overlay.parent.is_dir():
+            raise ConfigError(f"--save-overlay: the folder {str(save_overlay.parent)!r} does not exist.")
+        if save_overlay.is_dir() or save_overlay.suffix.lower() != ".png":
+            raise ConfigError(f"--save-overlay {str(save_overlay)!r} must be a file name that ends in .png.")
     picture = open_picture(image)
     overrides: dict[str, Any] = {}
     if keep is not None:
@@ -115,7 +119,10 @@ def ask(
             progress=progress,
         )
     if save_overlay is not None:
-        answers.overlay().save(save_overlay, format="PNG")
+        try:
+            answers.overlay().save(save_overlay, format="PNG")
+        except OSError as error:
+            raise ConfigError(f"--save-overlay {str(save_overlay)!r} cannot be written: {error}") from error
         err.print(f"[dim]overlay written to {save_overlay}[/]", highlight=False)
     if as_json:
         print(json.dumps(answers.to_dict()))

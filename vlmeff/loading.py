@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vlmeff import zoo
 from vlmeff.environment import check_torchvision
-from vlmeff.errors import ModelLoadError, UnknownModelError
+from vlmeff.errors import ConfigError, ModelLoadError, UnknownModelError
 from vlmeff.wrapping import wrap
 
 
@@ -38,6 +40,7 @@ def load(
         EnvironmentMismatchError: torch and torchvision do not fit.
     """
     check_torchvision()
+    _check_device(device)
     source, entry_preset, pinned = _find(os.fspath(name))
     if pinned is not None and revision is None:
         revision = pinned
@@ -51,10 +54,10 @@ def load(
         processor_class = AutoProcessor if takes_pictures else AutoTokenizer
         processor = processor_class.from_pretrained(source, revision=revision)
         model = model_class.from_pretrained(source, revision=revision, dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(". ")
         raise ModelLoadError(
-            f"model {os.fspath(name)!r} could not be loaded: {reason} Check the name, the network, or pass a local "
+            f"model {os.fspath(name)!r} could not be loaded: {reason}. Check the name, the network, or pass a local "
             "folder with config.json, weights and processor files."
         ) from error
     model.eval()
@@ -62,6 +65,18 @@ def load(
         model.to(device)
     preset = preset if preset is not None else entry_preset
     return (wrap(model, preset) if preset is not None else model), processor
+
+
+def _check_device(device: Any) -> None:
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"device={device!r} cannot be used here: {reason}.") from error
 
 
 def _find(name: str) -> tuple[str, str | None, str | None]:

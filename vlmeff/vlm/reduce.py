@@ -7,6 +7,7 @@ an ordinary request with ``mm_encoder_outputs`` for the unchanged model.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from vlmeff.vlm.families import Family
 from vlmeff.vlm.probe import probe
 from vlmeff.vlm.prompt import FILL, contiguous_positions, keep_mask, plan_shortening
 
+logger = logging.getLogger("vlmeff")
 RECORD = "_vlmeff_record"  # attribute of a cache that was filled from a shortened prompt
 
 
@@ -122,6 +124,8 @@ def shorten_request(
     if all(
         k == h * w for picture, ks in zip(grids, budgets, strict=True) for (h, w), k in zip(picture, ks, strict=True)
     ):
+        if isinstance(selector.keep, int):
+            logger.info("vlmeff: the budget of %d tokens is not below what a picture has: all are kept", selector.keep)
         everything = [torch.arange(sum(h * w for h, w in picture)) for picture in grids]
         return Untouched(PrunePlan(grids, everything, [torch.zeros_like(i, dtype=torch.int8) for i in everything]))
 
