@@ -140,8 +140,8 @@ def main() -> None:
         scores = measure(model, processor, args, label, full=label == "unwrapped")
         if arguments:
             plan = vlmeff.report(model).plan
-            tokens = {"in": plan.sizes[0], "kept": len(plan.keep[0])} if plan else None
-            method = str(model.__dict__[STATE].plan.tokens)
+            tokens = {"in": plan.items[0].n_before, "kept": plan.items[0].n_after} if plan else None
+            method = " + ".join(map(str, model.__dict__[STATE].plan.methods))
             vlmeff.unwrap(model)
             results[label] = {"method": method, "tokens": tokens, **scores}
         else:

@@ -1,17 +1,37 @@
-"""Visual-token reduction: pure functions on scores and grids. Each method is one file; none knows a model."""
+"""Visual-token reduction: pure functions on scores, features and grids. Each method is one file; none knows a model."""
 
 from __future__ import annotations
 
-from tokenpruning.budget import split_budget, tokens_to_keep
+from tokenpruning.budget import Budget, PerFrame, split_budget, tokens_to_keep
 from tokenpruning.controls import Downsample, Random
 from tokenpruning.hiprune import HiPrune, hiprune_select
-from tokenpruning.plan import KIND_NAMES, Segment, Selection, Selector, methods
+from tokenpruning.layout import Layout
+from tokenpruning.plan import (
+    KIND_NAMES,
+    InnerPruner,
+    ItemPlan,
+    Method,
+    PrunePlan,
+    Resampler,
+    Segment,
+    Selection,
+    Selector,
+    methods,
+)
 
 __all__ = [
     "KIND_NAMES",
+    "Budget",
     "Downsample",
     "HiPrune",
+    "InnerPruner",
+    "ItemPlan",
+    "Layout",
+    "Method",
+    "PerFrame",
+    "PrunePlan",
     "Random",
+    "Resampler",
     "Segment",
     "Selection",
     "Selector",

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vlmeff.errors import ConfigError
 
 
-def check_budget(method: str, keep: int | float) -> None:
-    """Raise ``ConfigError`` unless ``keep`` is an int >= 1 (tokens per image) or a share in (0, 1]."""
+@dataclass(frozen=True)
+class PerFrame:
+    """A budget of ``tokens`` for every tile and every frame; an int budget is divided among them instead."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if type(self.tokens) is not int or self.tokens < 1:
+            raise ConfigError(f"PerFrame: tokens={self.tokens!r} must be an int >= 1.")
+
+
+Budget = int | float | PerFrame
+
+
+def check_budget(method: str, keep: Budget) -> None:
+    """Raise ``ConfigError`` unless ``keep`` is an int >= 1, a share in (0, 1] or ``PerFrame``."""
+    if isinstance(keep, PerFrame):
+        return
     legal = isinstance(keep, int | float) and not isinstance(keep, bool)
     if legal and isinstance(keep, int):
         legal = keep >= 1
@@ -29,12 +47,17 @@ def tokens_to_keep(budget: int | float, n: int) -> int:
     return max(1, min(k, n))
 
 
-def split_budget(budget: int | float, sizes: list[int]) -> list[int]:
-    """Tokens kept of each segment (tile, frame) of one image with ``sizes`` tokens.
+def split_budget(budget: Budget, sizes: Sequence[int], shares: Sequence[int] | None = None) -> list[int]:
+    """Tokens kept of each segment (tile, frame) of one picture or video with ``sizes`` tokens.
 
-    A share applies to each segment; an int is the image's and is divided evenly, as HiPrune does over tiles
-    (of that image only: the official code divides by the tiles of the whole batch).
+    A share applies to each segment; an int is the whole picture's (or clip's) and is divided by the number of tiles, as
+    HiPrune does (of that picture only: the official code divides by the tiles of the whole batch). A segment that
+    stands for several tiles gets as many parts (``shares``).
     """
+    shares = [1] * len(sizes) if shares is None else shares
+    if isinstance(budget, PerFrame):
+        return [tokens_to_keep(budget.tokens * part, n) for n, part in zip(sizes, shares, strict=True)]
     if isinstance(budget, int):
-        return [tokens_to_keep(max(1, budget // len(sizes)), n) for n in sizes]
+        each = budget // sum(shares)
+        return [tokens_to_keep(max(1, each * part), n) for n, part in zip(sizes, shares, strict=True)]
     return [tokens_to_keep(budget, n) for n in sizes]

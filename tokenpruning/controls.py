@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from tokenpruning.budget import check_budget
+from tokenpruning.budget import Budget, check_budget
 from tokenpruning.plan import Segment, Selection, methods
 from vlmeff.errors import ConfigError
 
@@ -22,10 +22,10 @@ class Random:
     device; average over seeds to measure.
     """
 
-    keep: int | float = 1 / 3
+    keep: Budget = 1 / 3
     seed: int = 0
 
-    scores: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_budget("Random", self.keep)
@@ -47,9 +47,9 @@ class Downsample:
     sees the full picture, unlike when the picture itself is made smaller.
     """
 
-    keep: int | float = 1 / 3
+    keep: Budget = 1 / 3
 
-    scores: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_budget("Downsample", self.keep)

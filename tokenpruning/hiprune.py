@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenpruning.budget import check_budget
-from tokenpruning.plan import ANCHOR, BUFFER, REGISTER, Segment, Selection, methods
+from tokenpruning.budget import Budget, check_budget
+from tokenpruning.plan import ANCHOR, BUFFER, REGISTER, TEXT, Segment, Selection, methods
 from vlmeff.errors import ConfigError
 
 BufferMode = Literal["linear", "grid"]
@@ -37,22 +37,23 @@ class HiPrune:
     sums with "- 1" as exclusion) and in staying within the budget when the clusters exceed it.
     """
 
-    keep: int | float = 1 / 3
+    keep: Budget = 1 / 3
     alpha: float = 0.1
     object_layer: int | None = None
     buffer_mode: BufferMode = "linear"
 
-    scores: ClassVar[tuple[str, ...]] = ("object", "deep")
+    needs: ClassVar[tuple[str, ...]] = ("object", "deep")
 
     def __post_init__(self) -> None:
-        check_budget("HiPrune", self.keep)
+        name = type(self).__name__
+        check_budget(name, self.keep)
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
         if not number or not 0 <= self.alpha <= 1:  # also false for NaN
-            raise ConfigError(f"HiPrune: alpha={self.alpha!r} must lie in [0, 1].")
+            raise ConfigError(f"{name}: alpha={self.alpha!r} must lie in [0, 1].")
         if self.buffer_mode not in ("linear", "grid"):
-            raise ConfigError(f"HiPrune: buffer_mode={self.buffer_mode!r} must be 'linear' or 'grid'.")
+            raise ConfigError(f"{name}: buffer_mode={self.buffer_mode!r} must be 'linear' or 'grid'.")
         if self.object_layer is not None and (type(self.object_layer) is not int or self.object_layer < 1):
-            raise ConfigError(f"HiPrune: object_layer={self.object_layer!r} must be a layer number from 1 on.")
+            raise ConfigError(f"{name}: object_layer={self.object_layer!r} must be a layer number from 1 on.")
 
     def select(self, segment: Segment, k: int) -> Selection:
         object_score, deep_score = segment.scores["object"], segment.scores["deep"]
@@ -69,15 +70,18 @@ def hiprune_select(
     grid: tuple[int, int],
     alpha: float = 0.1,
     buffer_mode: BufferMode = "linear",
+    text_score: Tensor | None = None,
+    beta: float = 0.0,
 ) -> Selection:
-    """Choose k of H * W tokens from two scores.
+    """Choose k of H * W tokens from two scores, or three.
 
     n_a = round(k * alpha / 5) anchors are the top of the object score; buffers are their neighbours; registers are the
-    top of the deep score among the rest. When anchors and buffers exceed k, buffers with a low object score go first.
-    Equal scores: lowest index first.
+    top of the deep score among the rest. With a text score, round(beta * k) tokens outside the clusters are kept for it
+    first, and there are as many fewer registers. When anchors and buffers exceed k, buffers with a low object score go
+    first; text tokens take no more than the clusters leave. Equal scores: lowest index first.
 
     Args:
-        object_score, deep_score: [H * W] float, finite.
+        object_score, deep_score, text_score: [H * W] float, finite.
         k: 1 <= k <= H * W.  grid: (H, W).
     Returns:
         index [k] int64 ascending and kind [k] int8.
@@ -92,10 +96,17 @@ def hiprune_select(
     kind[anchors] = ANCHOR
     kind = kind[:n]
 
-    # Clusters come first, anchors before buffers; each group in order of the score that chose it. A stable sort by
-    # group over a stable sort by score gives exactly that order, without reading the cluster size back to the host.
-    group = torch.where(kind == ANCHOR, 2, torch.where(kind == BUFFER, 1, 0))
-    by_score = torch.argsort(torch.where(group > 0, object_score, deep_score), descending=True, stable=True)
+    score = torch.where(kind == REGISTER, deep_score, object_score)
+    if text_score is not None:
+        outside = text_score.masked_fill(kind != REGISTER, -torch.inf)
+        asked = torch.argsort(outside, descending=True, stable=True)[: round(beta * k)]
+        kind[asked] = torch.where(kind[asked] == REGISTER, TEXT, kind[asked])  # the clusters may leave too few
+        score = torch.where(kind == TEXT, text_score, score)
+
+    # Clusters come first, anchors before buffers, then text; each group in order of the score that chose it. A stable
+    # sort by group over a stable sort by score gives exactly that order, without reading sizes back to the host.
+    group = torch.where(kind == ANCHOR, 3, torch.where(kind == BUFFER, 2, torch.where(kind == TEXT, 1, 0)))
+    by_score = torch.argsort(score, descending=True, stable=True)
     order = by_score[torch.argsort(group[by_score], descending=True, stable=True)]
     index = order[:k].sort().values
     return Selection(index, kind[index])

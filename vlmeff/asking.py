@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmeff import zoo
-from vlmeff.config import make_method
+from vlmeff.config import check_methods
 from vlmeff.errors import ConfigError, UnsupportedModelError
 from vlmeff.loading import load
 from vlmeff.reporting import Report, measure, report
@@ -53,7 +53,11 @@ class Answers:
         plan = self.runs[-1].report.plan
         if plan is None:
             raise ConfigError("overlay: the run had no token step, so there is nothing to draw.")
-        return draw_overlay(self.picture, plan.grids[0][0], plan.keep[0], plan.kind[0])
+        item = plan.items[0]
+        selection = None if item.selections is None else item.selections[0]
+        if selection is None:
+            raise ConfigError("overlay: resampled tokens cannot be drawn yet.")
+        return draw_overlay(self.picture, item.layout.grids[0], selection.index, selection.kind)
 
     def to_dict(self) -> dict[str, Any]:
         runs = [{"label": r.label, "answer": r.answer, "report": r.report.to_dict()} for r in self.runs]
@@ -80,9 +84,7 @@ def ask_picture(
     Each measured run follows ``warmup`` unmeasured ones, so that neither pays for what is set up once.
     """
     # A misspelt preset, method or budget is refused before the model is loaded.
-    for step in zoo.resolve(model, preset).steps:
-        params = {} if tokens else step.params
-        make_method(tokens or step.method, {"keep": step.keep, **params, **(overrides or {})})
+    check_methods(zoo.resolve(model, preset).steps, tokens, overrides or {})
     progress(f"loading {model}")
     vlm, processor = load(model, device=device, dtype=dtype)
     if not hasattr(processor, "image_processor"):

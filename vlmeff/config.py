@@ -5,35 +5,49 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
-from tokenpruning import Selector, methods
+from tokenpruning import InnerPruner, Method, Resampler, Selector, methods
+from tokenpruning.layout import Newline
 from vlmeff import zoo
 from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from vlmeff.vlm.families import Family, family_of, is_vlm
+from vlmeff.vlm.reduce import Reduction
 
 logger = logging.getLogger("vlmeff")
+
+OPTIONS = ("newline", "text_source", "min_visual_tokens")  # of ``wrap``, besides the fields of methods
+TokensArgument = Method | str | Sequence[Method | str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a wrapped model does. ``preset`` and ``entry`` say where it comes from."""
+    """What a wrapped model does. ``preset`` and ``entry`` say where it comes from.
+
+    ``reduction`` shortens the prompt before the language model, ``inner`` drops tokens between its layers.
+    """
 
     preset: str | None = None
     entry: str | None = None
-    tokens: Selector | None = None
+    reduction: Reduction = field(default_factory=Reduction)
+    inner: Any = None
+
+    @property
+    def methods(self) -> list[Method]:
+        return [method for method in (self.reduction.method, self.inner) if method is not None]
 
     @property
     def method_name(self) -> str:
-        return "none" if self.tokens is None else methods.name_of(self.tokens)
+        return " + ".join(methods.name_of(method) for method in self.methods) or "none"
 
 
 def make_plan(
     model: Any,
     preset: str | None,
     *,
-    tokens: Selector | str | None,
+    tokens: TokensArgument | None,
     unavailable: dict[str, object],
     overrides: dict[str, Any],
 ) -> tuple[Plan, Family | None]:
@@ -41,47 +55,45 @@ def make_plan(
 
     Args:
         unavailable: arguments of ``wrap`` for techniques that this version does not have; must be None.
-        overrides: fields of the token method that replace those of the preset.
+        overrides: fields of the token method that replace those of the preset, and ``newline``, ``text_source``,
+            ``min_visual_tokens``.
     Raises:
         ConfigError, UnknownNameError, UnsupportedModelError
     """
     for name, value in unavailable.items():
         if value is not None:
             raise ConfigError(f"wrap: {name}={value!r} is not available in this version of vlmeff; leave {name} out.")
+    options = {name: overrides[name] for name in OPTIONS if name in overrides}
+    overrides = {name: value for name, value in overrides.items() if name not in OPTIONS}
+    _check_options(options)
     entry: str | None = None
-    method: Selector | None = None
+    chosen: list[Method] = []
     if preset is not None:
         resolved = zoo.resolve(model, preset)
-        entry = resolved.entry
-        preset = resolved.preset
-        for step in resolved.steps:
-            method = make_method(step.method, {"keep": step.keep, **step.params})
+        entry, preset = resolved.entry, resolved.preset
+        chosen = [make_method(step.method, {**step.budget(), **step.params}) for step in resolved.steps]
+        if tokens is None:
+            options.setdefault("min_visual_tokens", resolved.min_visual_tokens)
+            if any(step.method == "fourier" for step in resolved.steps):
+                _check_fourier_is_trained(model, preset, resolved.model)
         if resolved.status not in ("verified", "fixture"):
             known = f"has status {resolved.status!r}" if resolved.status else "has no entry in the model zoo"
             warnings.warn(
                 f"vlmeff: preset {preset!r} {known} for {type(model).__name__}: measure what it costs on your data.",
                 stacklevel=3,
             )
-    by_name = tokens is not None
-    if isinstance(tokens, str):
-        keep = {} if method is None else {"keep": method.keep}
-        method = make_method(tokens, {**keep, **overrides})
-    elif tokens is not None:
-        if isinstance(tokens, type) or not isinstance(tokens, Selector):
-            raise ConfigError(
-                f"wrap: tokens={tokens!r} must be a token reduction method such as vlmeff.HiPrune(keep=0.5), or one of "
-                f"the names {', '.join(methods.names())}."
-            )
-        method = _replace(tokens, overrides)
-    elif method is not None:
-        method = _replace(method, overrides)
-    elif overrides:
-        raise ConfigError(f"wrap: {next(iter(overrides))}=... changes a token method, and none is asked for.")
-
-    if method is None:
+    chosen = _override(_named_methods(tokens, chosen), overrides)
+    before = [method for method in chosen if not isinstance(method, InnerPruner)]
+    inside = [method for method in chosen if isinstance(method, InnerPruner)]
+    if len(before) > 1 or len(inside) > 1:
+        names = " and ".join(methods.name_of(method) for method in (before if len(before) > 1 else inside))
+        raise ConfigError(
+            f"tokens: {names} cannot be combined; use one method before the language model and one inside it."
+        )
+    if not chosen:
         return Plan(preset=preset, entry=entry), None
     if not is_vlm(model):
-        if by_name:
+        if tokens is not None:
             raise UnsupportedModelError(
                 f"tokens: {type(model).__name__} takes no pictures, so it has no visual tokens."
             )
@@ -90,28 +102,95 @@ def make_plan(
         )
     family = family_of(model)
     family.refuse_model(model)
-    family.score_layers(model, method.scores, getattr(method, "object_layer", None))  # raises on an illegal layer
-    logger.info("vlmeff: %s on %s", method, type(model).__name__)
-    return Plan(preset=preset, entry=entry, tokens=method), family
+    for method in before:
+        if isinstance(method, Selector):  # raises on an illegal layer
+            family.score_layers(model, method.needs, getattr(method, "object_layer", None))
+    logger.info("vlmeff: %s on %s", ", ".join(map(str, chosen)), type(model).__name__)
+    reduction = Reduction(method=before[0] if before else None, **options)  # type: ignore[arg-type]
+    return Plan(preset=preset, entry=entry, reduction=reduction, inner=inside[0] if inside else None), family
 
 
-def make_method(name: str, arguments: dict[str, Any]) -> Selector:
+def make_method(name: str, arguments: dict[str, Any]) -> Method:
     """Build a registered token method; unknown arguments list the legal ones."""
     cls = methods.get(name)
     _check_fields(cls, name, arguments)
     return cls(**arguments)
 
 
-def _replace(method: Selector, overrides: dict[str, Any]) -> Selector:
-    _check_fields(type(method), methods.name_of(method), overrides)
-    return dataclasses.replace(method, **overrides) if overrides else method  # type: ignore[type-var]
+def check_methods(steps: Sequence[zoo.Step], tokens: TokensArgument | None, overrides: dict[str, Any]) -> None:
+    """Raise what ``make_plan`` would raise of the methods alone, before a model is loaded."""
+    chosen = [make_method(step.method, {**step.budget(), **step.params}) for step in steps]
+    _override(_named_methods(tokens, chosen), {k: v for k, v in overrides.items() if k not in OPTIONS})
 
 
-def _check_fields(cls: type[Selector], name: str, arguments: dict[str, Any]) -> None:
-    legal: list[str] = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+def _named_methods(tokens: TokensArgument | None, of_preset: list[Method]) -> list[Method]:
+    """What is asked for by name, at the preset's budget where only the name is given; else the preset's methods."""
+    if tokens is None:
+        return of_preset
+    keep = next((method.keep for method in of_preset if isinstance(method, Selector)), None)
+    named = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else list(tokens)
+    return [_named_method(item, keep) for item in named]
+
+
+def _named_method(item: object, keep: Any) -> Method:
+    if isinstance(item, str):
+        cls = methods.get(item)
+        takes_keep = keep is not None and "keep" in _fields(cls)
+        return make_method(item, {"keep": keep} if takes_keep else {})
+    if isinstance(item, type) or not isinstance(item, Selector | Resampler | InnerPruner):
+        raise ConfigError(
+            f"wrap: tokens={item!r} must be a token reduction method such as vlmeff.HiPrune(keep=0.5), or one of "
+            f"the names {', '.join(methods.names())}."
+        )
+    return item
+
+
+def _override(chosen: list[Method], overrides: dict[str, Any]) -> list[Method]:
+    """Each override replaces the field of the methods that have it."""
+    if overrides and not chosen:
+        raise ConfigError(f"wrap: {next(iter(overrides))}=... changes a token method, and none is asked for.")
+    for name in overrides:
+        if not any(name in _fields(type(method)) for method in chosen):
+            legal = sorted({field for method in chosen for field in _fields(type(method))})
+            owners = " and ".join(methods.name_of(method) for method in chosen)
+            raise UnknownArgumentError(f"argument of {owners}", name, legal)
+    out = []
+    for method in chosen:
+        own = {name: value for name, value in overrides.items() if name in _fields(type(method))}
+        out.append(dataclasses.replace(method, **own) if own else method)  # type: ignore[type-var]
+    return out
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    newline = options.get("newline", "drop")
+    if newline not in get_args(Newline):
+        raise ConfigError(f"wrap: newline={newline!r} must be one of {', '.join(map(repr, get_args(Newline)))}.")
+    threshold = options.get("min_visual_tokens", 0)
+    if type(threshold) is not int or threshold < 0:
+        raise ConfigError(f"wrap: min_visual_tokens={threshold!r} must be an int >= 0.")
+    if "text_source" in options and not callable(getattr(options["text_source"], "relevance", None)):
+        raise ConfigError(
+            f"wrap: text_source={options['text_source']!r} must be a text source such as vlmeff.EmbeddingText()."
+        )
+
+
+def _check_fourier_is_trained(model: Any, preset: str, record: str | None) -> None:
+    """A preset must not resample the tokens of a checkpoint that was not trained for it."""
+    if record is None or "fourier" not in zoo.load_zoo().models[record].trained_with:
+        raise ConfigError(
+            f"preset {preset!r} resamples tokens with the DCT, which {type(model).__name__} was not trained for "
+            "according to the model zoo. Ask for it by name: wrap(model, None, tokens=vlmeff.Fourier(gain='preserve'))."
+        )
+
+
+def _fields(cls: type[Any]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _check_fields(cls: type[Any], name: str, arguments: dict[str, Any]) -> None:
     for argument in arguments:
-        if argument not in legal:
-            raise UnknownArgumentError(f"argument of {name}", argument, legal)
+        if argument not in _fields(cls):
+            raise UnknownArgumentError(f"argument of {name}", argument, _fields(cls))
 
 
 class UnknownArgumentError(UnknownNameError, TypeError):

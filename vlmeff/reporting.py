@@ -24,7 +24,8 @@ class Report:
     Measured: tokens (of all rows together), storage bytes of the key/value cache at the end of the call, and
     milliseconds; ``prefill_ms`` runs from the call to the first logits and includes the vision encoder and the token
     selection. Counted: ``prefill_gflops`` of the language model, from the measured token counts. Reference:
-    ``kv_bytes_full``, what the same cache would hold for the unshortened prompt.
+    ``kv_bytes_full``, what the same cache would hold for the unshortened prompt. ``skipped``: the request has fewer
+    visual tokens than the preset's ``min_visual_tokens``, so nothing was reduced.
     """
 
     method: str = "none"
@@ -42,6 +43,7 @@ class Report:
     encode_ms: float | None = None
     prefill_ms: float | None = None
     total_ms: float | None = None
+    skipped: bool = False
     plan: PrunePlan | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class Report:
             return f"{after}" if before == after else f"{before} -> {after}"
 
         out = [
-            ("method", self.method, ""),
+            ("method", self.method + (", skipped: few visual tokens" if self.skipped else ""), ""),
             ("visual tokens", pair(self.visual_tokens_before, self.visual_tokens_after), "measured"),
             ("prompt tokens", pair(self.prompt_tokens_before, self.prompt_tokens_after), "measured"),
         ]
@@ -173,8 +175,7 @@ def measure(model: Any, inputs: dict[str, Any], *, name: str = "unwrapped") -> I
     input_ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     prompt = int(mask.sum()) if mask is not None else input_ids.numel()
-    token_id = getattr(model.config, "image_token_id", None)
-    visual = int((input_ids == token_id).sum()) if token_id is not None else 0
+    visual = visual_tokens(model, input_ids)
     meter = Meter(input_ids.device)
     meter.expect(input_ids.shape[1])
 
@@ -210,6 +211,12 @@ def columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     if ids is None:
         ids = kwargs.get("inputs_embeds")
     return 0 if ids is None else ids.shape[1]
+
+
+def visual_tokens(model: Any, input_ids: Tensor) -> int:
+    """Picture and video placeholders in [B, L] ids."""
+    ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
+    return sum(int((input_ids == token_id).sum()) for token_id in set(ids) if token_id is not None)
 
 
 def text_flops(model: Any, input_ids: Tensor, prompt_tokens: int) -> float | None:

@@ -6,9 +6,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tokenpruning import Selector
 from vlmeff import zoo
-from vlmeff.config import make_plan
+from vlmeff.config import TokensArgument, make_plan
 from vlmeff.errors import ConfigError, UnsupportedModelError
 from vlmeff.vlm.wrapped import STATE, attach, detach
 
@@ -19,7 +18,7 @@ def wrap(
     model: M,
     preset: str | None = "fast",
     *,
-    tokens: Selector | str | None = None,
+    tokens: TokensArgument | None = None,
     kv: object = None,
     text_speculation: object = None,
     quant: object = None,
@@ -35,9 +34,12 @@ def wrap(
     Args:
         model: a transformers vision-language model (``vlmeff.presets()`` and the README list what is supported).
         preset: a name from ``model_zoo.yaml``; None applies only what is named.
-        tokens: a token reduction method (``vlmeff.HiPrune(keep=0.5)``) or its name; replaces the preset's.
+        tokens: a token reduction method (``vlmeff.HiPrune(keep=0.5)``) or its name; replaces the preset's. A list
+            joins one method before the language model with one inside it (``vlmeff.AdaptInfer``).
         kv, text_speculation, quant, draft: must be None in this version.
-        **overrides: fields of the token method, for example ``keep=0.5``.
+        **overrides: fields of the token method, for example ``keep=0.5``; and ``newline`` ("drop", "keep", "rows":
+            which separators of tiled pictures stay), ``text_source`` (what scores tokens against the question),
+            ``min_visual_tokens`` (requests with fewer per row are left alone).
     Raises:
         UnsupportedModelError: nothing of what was asked for applies to this model.
         UnknownPresetError, UnknownNameError, ConfigError: an argument cannot work; the message names it.

@@ -60,20 +60,27 @@ class Step:
     keep: int | float | None = None
     params: dict[str, Any] = field(default_factory=dict)
 
+    def budget(self) -> dict[str, int | float]:
+        """``{"keep": ...}``, empty for a technique without a budget."""
+        return {} if self.keep is None else {"keep": self.keep}
+
     def __str__(self) -> str:
-        arguments = {} if self.keep is None else {"keep": self.keep}
-        return f"{self.method}({', '.join(f'{key}={value}' for key, value in {**arguments, **self.params}.items())})"
+        return f"{self.method}({', '.join(f'{key}={value}' for key, value in {**self.budget(), **self.params}.items())})"
 
 
 @dataclass(frozen=True)
 class ResolvedPreset:
-    """A preset on one model. ``entry``, ``model`` and ``status`` are None where the zoo knows nothing of the pair."""
+    """A preset on one model. ``entry``, ``model`` and ``status`` are None where the zoo knows nothing of the pair.
+
+    ``min_visual_tokens``: a request with fewer visual tokens per row is left alone.
+    """
 
     preset: str
     entry: str | None
     model: str | None
     status: str | None
     steps: tuple[Step, ...]
+    min_visual_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,7 @@ def resolve(model: object, preset: str) -> ResolvedPreset:
         model=record.name if record else None,
         status=entry.status if entry else None,
         steps=_steps(zoo.presets[name], record, entry),
+        min_visual_tokens=entry.min_visual_tokens if entry else 0,
     )
 
 
@@ -198,7 +206,7 @@ def preset_table(model: object = None) -> list[PresetRow]:
             tokens_in, tokens_kept = entry.tokens.tokens_in, entry.tokens.kept
         elif record is not None and isinstance(record.visual_tokens, FixedTokens):
             tokens_in = record.visual_tokens.per_image
-            tokens_kept = _kept(tokens_in, steps)
+            tokens_kept = _kept(record.visual_tokens.grid, steps)
         text, status = " + ".join(map(str, steps)), entry.status if entry else None
         rows.append(PresetRow(name, preset.summary, text, status, tokens_in, tokens_kept))
     return rows
@@ -393,7 +401,7 @@ def _check_methods(zoo: Zoo, file: ZooFile) -> Iterator[Problem]:
         for step in steps:
             try:
                 method: Any = methods.get(step.method)
-                method(**({} if step.keep is None else {"keep": step.keep}), **step.params)
+                method(**step.budget(), **step.params)
             except (VlmeffError, TypeError) as error:  # TypeError: a parameter that the method does not have
                 yield Problem("E-ZOO-01", where, str(error))
 
@@ -408,8 +416,8 @@ def _check_tokens(zoo: Zoo, file: ZooFile) -> Iterator[Problem]:
         examples = entry.tokens.examples if isinstance(entry.tokens, TokenFormula) else (entry.tokens,)
         for item in examples:
             size = getattr(item, "image", (1, 1))  # of a fixed grid the size does not matter
-            tokens_in = record.visual_tokens.count(*size)
-            computed = (tokens_in, _kept(tokens_in, steps))
+            grid = record.visual_tokens.grid_of(*size)
+            computed = (math.prod(grid), _kept(grid, steps))
             if (item.tokens_in, item.kept) != computed:
                 message = f"in {item.tokens_in}, kept {item.kept}; computed in {computed[0]}, kept {computed[1]}"
                 yield Problem("E-ZOO-01", f"entries ({entry.name}).tokens", message)
@@ -464,12 +472,18 @@ def _steps(preset: Preset, record: ModelRecord | None, entry: Entry | None) -> t
     return tuple(steps)
 
 
-def _kept(tokens: int, steps: tuple[Step, ...]) -> int:
-    """Visual tokens left of ``tokens`` after all steps."""
+def _kept(grid: tuple[int, int], steps: tuple[Step, ...]) -> int:
+    """Visual tokens that reach the language model of one picture after all steps."""
+    from tokenpruning import Resampler, methods
     from tokenpruning.budget import tokens_to_keep
 
+    tokens = math.prod(grid)
     for step in steps:
-        tokens = tokens if step.keep is None else tokens_to_keep(step.keep, tokens)
+        if step.keep is not None:
+            tokens = tokens_to_keep(step.keep, tokens)
+        elif step.method in methods.names():
+            method = methods.get(step.method)(**step.params)
+            tokens = math.prod(method.new_grid(grid)) if isinstance(method, Resampler) else tokens
     return tokens
 
 

@@ -134,9 +134,9 @@ class FixedTokens(_Record):
             raise ValueError(f"grid or per_image is not what {self.image_size} px in patches of {self.patch} px give")
         return self
 
-    def count(self, height: int, width: int) -> int:
-        """Tokens of a picture of ``height`` x ``width`` pixels: the size does not matter here."""
-        return self.per_image
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Token grid of a picture of ``height`` x ``width`` pixels: the size does not matter here."""
+        return self.grid
 
 
 class DynamicTokens(_Record):
@@ -159,8 +159,8 @@ class DynamicTokens(_Record):
             raise ValueError(f"min {self.min} exceeds max {self.max}")
         return self
 
-    def count(self, height: int, width: int) -> int:
-        """Tokens of a picture of ``height`` x ``width`` pixels.
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Token grid (rows, columns) of a picture of ``height`` x ``width`` pixels.
 
         Same steps as ``smart_resize`` of transformers' Qwen2-VL image processor, in tokens instead of pixels.
         """
@@ -173,7 +173,7 @@ class DynamicTokens(_Record):
         elif rows * columns < self.min:
             beta = math.sqrt(self.min * self.pixels_per_token / (height * width))
             rows, columns = math.ceil(height * beta / side), math.ceil(width * beta / side)
-        return rows * columns
+        return rows, columns
 
 
 class Vision(_Record):
@@ -199,6 +199,7 @@ class ModelRecord(_Record):
 
     ``family`` is the ``model_type`` of the transformers configuration. ``method_params`` holds, per method, parameters
     that depend on the model (HiPrune's object layer); they win over a preset's and lose to an entry's.
+    ``trained_with`` names methods that the checkpoint was trained with ("fourier").
     """
 
     name: SkipJsonSchema[str] = ""  # the key in ``models``, written by ``_named``
@@ -217,6 +218,7 @@ class ModelRecord(_Record):
     vision: Vision | None = None
     llm: Decoder | None = None
     method_params: dict[str, Params] = {}
+    trained_with: Lines = ()
     notes: Lines = ()
 
     @model_validator(mode="after")
@@ -388,6 +390,7 @@ class Entry(_Record):
     """A preset on a model, with what is known about the pair.
 
     ``overrides`` is keyed by method. ``fixture`` entries serve tests and the demo; they recommend nothing.
+    ``min_visual_tokens``: with fewer visual tokens per row the token step is not expected to pay off and is skipped.
     """
 
     name: EntryName
@@ -396,6 +399,7 @@ class Entry(_Record):
     preset: Name
     overrides: dict[str, StepOverride] = {}
     status: Status
+    min_visual_tokens: Annotated[int, Field(ge=0)] = 0
     tokens: EntryTokens | None = None
     expected: Annotated[tuple[Expected, ...], Field(strict=False)] = ()
     cost: Cost | None = None

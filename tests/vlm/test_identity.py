@@ -24,7 +24,7 @@ class KeepAllTheLongWay:
     together again with nothing lost."""
 
     keep: float = 0.9
-    scores: ClassVar[tuple[str, ...]] = ("object", "deep")
+    needs: ClassVar[tuple[str, ...]] = ("object", "deep")
 
     def select(self, segment, k):
         return all_of(segment)

@@ -36,7 +36,7 @@ def wrapped_tiny(name, tokens=PRUNE, **options):
 def kept_tokens(wrapped, inputs):
     """Per picture the raster indices that a wrapped model keeps."""
     wrapped(**inputs)
-    return [index.tolist() for index in vlmeff.report(wrapped).plan.keep]
+    return [item.kept.tolist() for item in vlmeff.report(wrapped).plan.items]
 
 
 def short_by_hand(model, inputs, kept):

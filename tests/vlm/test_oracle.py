@@ -197,11 +197,12 @@ def test_the_selection_for_a_picture_does_not_depend_on_its_batch_mates(name):
     pictures = [1, 0, 2]
     _, wrapped, inputs = pair(name, pictures)
     wrapped(**inputs)
-    together = vlmeff.report(wrapped).plan.keep
+    together = [item.kept for item in vlmeff.report(wrapped).plan.items]
     for row in (0, 2):
         wrapped(**row_alone(inputs, pictures, row))
         first = sum(pictures[:row])
-        for a, b in zip(vlmeff.report(wrapped).plan.keep, together[first : first + pictures[row]], strict=True):
+        alone = [item.kept for item in vlmeff.report(wrapped).plan.items]
+        for a, b in zip(alone, together[first : first + pictures[row]], strict=True):
             assert torch.equal(a, b)
 
 

@@ -31,8 +31,8 @@ def probed(model, inputs, object_layer=None):
     family = FAMILIES[model.config.model_type]
     layers = family.score_layers(model, ("object", "deep"), object_layer)
     with probe(layers, family.query_key) as recorded:
-        family.encode(model, inputs)
-    per_picture = {name: family.token_scores(model, inputs, torch.cat(parts)) for name, parts in recorded.items()}
+        family.encode(model, inputs, "image")
+    per_picture = {name: family.token_scores(model, inputs, "image", torch.cat(parts)) for name, parts in recorded.items()}
     return {name: [torch.cat(segments) for segments in pictures] for name, pictures in per_picture.items()}
 
 
@@ -158,8 +158,9 @@ def test_the_tokens_kept_are_those_that_hiprune_chooses_from_the_full_attention_
     vlmeff.wrap(model, None, tokens=vlmeff.HiPrune(keep=10, alpha=0.5, object_layer=object_layer))
     model.generate(**inputs, max_new_tokens=1)
     plan = vlmeff.report(model).plan
-    assert torch.equal(plan.keep[0], expected.index)
-    assert torch.equal(plan.kind[0], expected.kind)
+    (chosen,) = plan.items[0].selections
+    assert torch.equal(chosen.index, expected.index)
+    assert torch.equal(chosen.kind, expected.kind)
 
 
 def test_the_default_layers_of_towers_of_the_published_depth_are_those_of_the_paper():
@@ -235,8 +236,8 @@ def test_a_probe_records_nothing_of_what_another_thread_encodes_meanwhile(name):
     family = FAMILIES[name]
     layers = family.score_layers(model, ("object", "deep"), None)
     with probe(layers, family.query_key) as recorded:
-        thread = threading.Thread(target=family.encode, args=(model, others))
+        thread = threading.Thread(target=family.encode, args=(model, others, "image"))
         thread.start()
         thread.join()
-        family.encode(model, inputs)
+        family.encode(model, inputs, "image")
     assert {key: len(parts) for key, parts in recorded.items()} == {"object": 1, "deep": 1}

@@ -21,9 +21,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from vlmeff.config import Plan
 from vlmeff.errors import UnsupportedInputError
-from vlmeff.reporting import Meter, Report, columns, text_flops
+from vlmeff.reporting import Meter, Report, columns, text_flops, visual_tokens
 from vlmeff.vlm.families import Family
-from vlmeff.vlm.reduce import RECORD, ShortRequest, Untouched, attach_record, shorten_request
+from vlmeff.vlm.families.base import present
+from vlmeff.vlm.record import RECORD, ShortRequest, attach_record
+from vlmeff.vlm.reduce import Untouched, shorten_request
 
 STATE = "_vlmeff"
 
@@ -151,7 +153,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return original(*args, **kwargs)
     meter = Meter(_device(model, named))
     request = shorten_request(
-        model, state.family, state.plan.tokens, named, generating=False, lock=state.lock, clock=meter.clock
+        model, state.family, state.plan.reduction, named, generating=False, lock=state.lock, clock=meter.clock
     )
     if isinstance(request, Untouched):
         output = original(**named)
@@ -185,7 +187,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     request: ShortRequest | Untouched = Untouched()
     if _concerns(named, state.plan):
         request = shorten_request(
-            model, state.family, state.plan.tokens, named, generating=True, lock=state.lock, clock=meter.clock
+            model, state.family, state.plan.reduction, named, generating=True, lock=state.lock, clock=meter.clock
         )
     short = dict(named) if isinstance(request, Untouched) else dict(request.kwargs)
     input_ids = short.get("input_ids")
@@ -237,8 +239,7 @@ def _concerns(named: dict[str, Any], plan: Plan) -> bool:
     """
     if hasattr(named.get("past_key_values"), RECORD):
         return True
-    pictures = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-    return plan.tokens is not None and any(named.get(name) is not None for name in pictures)
+    return bool(plan.methods) and bool(present(named))
 
 
 def _device(model: Any, named: dict[str, Any]) -> torch.device:
@@ -344,8 +345,7 @@ def _make_report(
     full = figures["kv_bytes"]
     if full and meter.cache_length:
         full = round(full * (meter.cache_length + dropped) / meter.cache_length)
-    token_id = getattr(model.config, "image_token_id", None)
-    visual = 0 if ids is None or token_id is None else int((ids == token_id).sum())
+    visual = 0 if ids is None else visual_tokens(model, ids)
     return Report(
         method=state.plan.method_name,
         preset=state.plan.preset,
@@ -359,5 +359,6 @@ def _make_report(
         prefill_gflops_before=None if ids is None else text_flops(model, ids, before),
         prefill_gflops_after=None if ids is None else text_flops(model, ids, after),
         plan=plan,
+        skipped=isinstance(request, Untouched) and request.skipped,
         **figures,
     )

@@ -1,0 +1,127 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: dynamic resolution, tokens merged 2 x 2, three-dimensional positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenpruning import Layout
+from vlmeff.errors import UnsupportedInputError
+from vlmeff.vlm.families.base import Family, Kwargs, Modality
+from vlmeff.vlm.probe import QueryKey
+
+GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
+
+
+class QwenVL(Family):
+    """What the three share. Every temporal slice of a video is a segment of its own."""
+
+    positions = "keep"
+    encoder_inputs = {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }
+    grid_inputs = ("second_per_grid_ts",)
+
+    def _thw(self, kwargs: Kwargs, modality: Modality) -> list[list[int]]:
+        grids = kwargs.get(GRIDS[modality])
+        if grids is None:
+            raise UnsupportedInputError(
+                f"{self.model_type}: {GRIDS[modality]} is missing; pass all of the processor's outputs."
+            )
+        return grids.tolist()
+
+    def layouts(self, model: Any, kwargs: Kwargs, modality: Modality) -> list[Layout]:
+        merge = model.config.vision_config.spatial_merge_size
+        return [Layout(grids=[(h // merge, w // merge)] * t) for t, h, w in self._thw(kwargs, modality)]
+
+    def layout_of_size(self, model: Any, height: int, width: int) -> Layout:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        vision = model.config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        # The processor's published limits: 4 to 16384 tokens per picture.
+        height, width = smart_resize(height, width, factor=side, min_pixels=4 * side**2, max_pixels=16384 * side**2)
+        return Layout(grids=[(height // side, width // side)])
+
+    def attention_layers(self, model: Any) -> list[nn.Module]:
+        return [block.attn for block in model.base_model.visual.blocks]
+
+    def object_layer(self, model: Any) -> int:
+        target = 0.5 * len(self.attention_layers(model))  # 16 of 32, as in the paper
+        return min(self.legal_object_layers(model), key=lambda number: (abs(number - target), number), default=0)
+
+    def query_key(self, module: Any, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
+        # The rotation is the same function in all three.
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+        q, k, _ = module.qkv(hidden).view(len(hidden), 3, module.num_heads, -1).unbind(1)
+        q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
+        return QueryKey(q, k, module.scaling, kwargs["cu_seqlens"])
+
+    def merged(self, model: Any, kwargs: Kwargs, modality: Modality, score: Tensor) -> Tensor:
+        """[patches] -> [tokens]: a merged token's score is the mean of its patches', which stand together."""
+        return score.view(-1, model.config.vision_config.spatial_merge_size**2).mean(1)
+
+    def token_scores(self, model: Any, kwargs: Kwargs, modality: Modality, score: Tensor) -> list[list[Tensor]]:
+        layouts = self.layouts(model, kwargs, modality)
+        merged = self.merged(model, kwargs, modality, score)
+        pictures = merged.split([layout.n_tokens for layout in layouts])
+        return [list(layout.segments(picture)) for layout, picture in zip(layouts, pictures, strict=True)]
+
+    def regrid(self, model: Any, kwargs: Kwargs, new_layouts: Mapping[Modality, list[Layout]]) -> dict[str, Any]:
+        merge, out = model.config.vision_config.spatial_merge_size, {}
+        for modality, layouts in new_layouts.items():
+            old = kwargs[GRIDS[modality]]
+            rows = [[len(new.grids), new.grids[0][0] * merge, new.grids[0][1] * merge] for new in layouts]
+            out[GRIDS[modality]] = torch.tensor(rows, dtype=old.dtype, device=old.device)
+        return out
+
+    def pixels(self, model: Any, kwargs: Kwargs, modality: Modality) -> list[list[Tensor]]:
+        vision = model.config.vision_config
+        merge, patch, depth = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
+        thw = self._thw(kwargs, modality)
+        values = kwargs["pixel_values" if modality == "image" else "pixel_values_videos"]
+        out = []
+        for (t, h, w), patches in zip(thw, values.split([t * h * w for t, h, w in thw]), strict=True):
+            # Patches stand merge square by merge square; each holds [channels, frames, patch, patch].
+            grid = patches.view(t, h // merge, w // merge, merge, merge, -1, depth, patch, patch)[:, :, :, :, :, :, 0]
+            out.append(list(grid.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * patch, w * patch)))
+        return out
+
+
+class Qwen2VL(QwenVL):
+    model_type = "qwen2_vl"
+
+
+class Qwen2_5VL(QwenVL):
+    """Most of its vision layers attend within windows and stand in window order."""
+
+    model_type = "qwen2_5_vl"
+
+    def legal_object_layers(self, model: Any) -> list[int]:
+        return sorted(i + 1 for i in model.config.vision_config.fullatt_block_indexes)
+
+    def merged(self, model: Any, kwargs: Kwargs, modality: Modality, score: Tensor) -> Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = model.config.vision_config
+        window_index, _ = get_vision_window_index(
+            kwargs[GRIDS[modality]], vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        merged = super().merged(model, kwargs, modality, score)
+        return merged[torch.argsort(window_index).to(score.device)]
+
+
+class Qwen3VL(QwenVL):
+    """Feeds features of several vision layers to the first language layers (deepstack). The frames of a video stand
+    apart, with their times between them, so its positions need no time stamps."""
+
+    model_type = "qwen3_vl"
+
+
+class Qwen3VLMoe(Qwen3VL):
+    model_type = "qwen3_vl_moe"

@@ -1,0 +1,111 @@
+"""What is remembered with a cache that was filled from a shortened prompt, and how a conversation goes on from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenpruning.plan import PrunePlan
+from vlmeff.errors import IncompatibleError
+
+RECORD = "_vlmeff_record"  # attribute of a cache that was filled from a shortened prompt
+
+
+@dataclass(eq=False)
+class PromptRecord:
+    """Kept with the cache of a shortened prompt, so that a continuation is shortened alike.
+
+    ``prompt_ids`` [B, L] as the caller gave them; ``short_ids``, ``short_mask`` [B, S] what the cache was filled with.
+    """
+
+    prompt_ids: Tensor
+    short_ids: Tensor
+    short_mask: Tensor
+    rope_deltas: Tensor | None
+
+    def repeated(self, cache: Any) -> PromptRecord:
+        """For a cache with several rows for each row of the prompt (returned sequences, beams)."""
+        keys = getattr(cache.layers[0], "keys", None) if cache is not None and getattr(cache, "layers", None) else None
+        n = 1 if keys is None else keys.shape[0] // len(self.prompt_ids)
+        if n == 1:
+            return self
+        ids, short, mask, deltas = self.prompt_ids, self.short_ids, self.short_mask, self.rope_deltas
+        ids, short, mask = (x.repeat_interleave(n, 0) for x in (ids, short, mask))
+        return PromptRecord(ids, short, mask, None if deltas is None else deltas.repeat_interleave(n, 0))
+
+
+@dataclass(eq=False)
+class ShortRequest:
+    """``kwargs`` call the original method; ``keep`` [B, L] is the mask over the caller's prompt (None when continuing
+    a shortened cache); ``dropped`` columns lost."""
+
+    kwargs: dict[str, Any]
+    prompt_ids: Tensor
+    record: PromptRecord
+    dropped: int
+    tokens_before: int
+    tokens_after: int
+    plan: PrunePlan | None = None
+    keep: Tensor | None = None
+
+
+def attach_record(cache: Any, record: PromptRecord) -> None:
+    """Remember with a cache what it was filled with. A static cache is reused across prompts and gets no record."""
+    if cache is not None and hasattr(cache, "layers"):
+        setattr(cache, RECORD, record)
+
+
+def record_of(cache: Any) -> PromptRecord | None:
+    """What a cache was filled with; forgotten once the cache was reset for another prompt."""
+    record: PromptRecord | None = getattr(cache, RECORD, None)
+    if record is not None and int(cache.get_seq_length()) == 0:
+        delattr(cache, RECORD)
+        return None
+    return record
+
+
+def continue_shortened(model: Any, record: PromptRecord, kwargs: dict[str, Any], *, generating: bool) -> ShortRequest:
+    """A call that goes on from the cache of a shortened prompt."""
+    input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    rows, length = record.prompt_ids.shape
+    if input_ids is None or len(input_ids) != rows:
+        raise IncompatibleError(
+            f"past_key_values was filled by {rows} rows with reduced pictures: continue with as many rows of input_ids."
+        )
+    short = dict(kwargs)
+    ids, short_mask = record.short_ids, record.short_mask
+    if generating:
+        history = input_ids[:, :length]
+        if history.shape != record.prompt_ids.shape or bool((history != record.prompt_ids).any()):
+            raise IncompatibleError(
+                "past_key_values was filled from a prompt with reduced pictures, and input_ids does not begin with "
+                "that prompt: pass the whole conversation's input_ids, or no past_key_values."
+            )
+        new = input_ids[:, length:]
+        ids = torch.cat([ids, new], 1)
+        new_mask = torch.ones_like(new) if mask is None else mask[:, length:]
+        short_mask = torch.cat([short_mask, new_mask.to(short_mask)], 1)
+        short["input_ids"] = ids
+        short["attention_mask"] = short_mask
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if kwargs.get(name) is not None:
+                kept = torch.zeros_like(record.short_ids)
+                short[name] = torch.cat([kept.to(kwargs[name]), kwargs[name][:, length:]], 1)
+    elif mask is not None and mask.shape[1] != int(kwargs["past_key_values"].get_seq_length()) + input_ids.shape[1]:
+        # A hand-written loop grows the mask of the whole prompt; the cache holds the short one.
+        short["attention_mask"] = torch.cat([short_mask, mask[:, length:].to(short_mask)], 1)
+    if record.rope_deltas is not None:
+        model.base_model.rope_deltas = record.rope_deltas  # another conversation may have run in between
+        for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids"):
+            short.pop(name, None)
+    return ShortRequest(
+        kwargs=short,
+        prompt_ids=input_ids,
+        record=PromptRecord(input_ids, ids, short_mask, record.rope_deltas) if generating else record,
+        dropped=length - record.short_ids.shape[1],
+        tokens_before=input_ids.numel() if mask is None else int(mask.sum()),
+        tokens_after=int(short_mask.sum()) if generating else input_ids.numel(),
+    )
