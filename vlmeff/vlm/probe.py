@@ -24,13 +24,14 @@ class QueryKey:
     """What a family makes of an attention module's input.
 
     Batched: q, k [B, H, M, D] and ``cu_seqlens`` None. Packed: q, k [T, H, D] and ``cu_seqlens`` [n + 1] int32, the
-    borders of the sequences that attend within themselves.
+    borders of the sequences that attend within themselves. ``valid`` [B, M] bool, batched only: padding takes no part.
     """
 
     q: Tensor
     k: Tensor
     scale: float
     cu_seqlens: Tensor | None = None
+    valid: Tensor | None = None
 
 
 QueryKeyFn = Callable[[nn.Module, Tensor, Mapping[str, object]], QueryKey]
@@ -38,6 +39,11 @@ QueryKeyFn = Callable[[nn.Module, Tensor, Mapping[str, object]], QueryKey]
 
 def column_mean(qk: QueryKey) -> Tensor:
     """Mean over heads and queries of the attention each token receives: [B, M], or [T] when packed; float32."""
+    if qk.valid is not None:
+        mass = ops.attention_column_mass(
+            qk.q, qk.k, scale=qk.scale, reduce="mean", key_valid=qk.valid, query_weight=qk.valid
+        )
+        return mass / qk.valid.sum(1, keepdim=True)
     if qk.cu_seqlens is None:
         mass = ops.attention_column_mass(qk.q, qk.k, scale=qk.scale, reduce="mean")
         return mass / qk.q.shape[-2]

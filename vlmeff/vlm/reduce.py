@@ -205,7 +205,7 @@ def _shorten(
                 "prompt is numbered anew. Leave position_ids out."
             )
         if not generating and shortening.padded:
-            short["position_ids"] = contiguous_positions(short_mask)
+            short["position_ids"] = contiguous_positions(short_mask) + family.first_position
     else:
         if resampled:
             if given is not None:

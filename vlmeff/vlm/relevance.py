@@ -71,8 +71,8 @@ class TowerText:
     """Cosine in the joint space of the CLIP whose vision half is the model's own tower (LLaVA: CLIP-L/14-336).
 
     score_j = cos(W_v LN_post(h_j), t): ``h_j`` is the tower's output for the patch, ``LN_post`` and ``W_v`` are
-    ``vision_model.post_layernorm`` and ``visual_projection``, ``t`` is ``get_text_features``. CLIP trains only its class
-    token that way, so patches of the original CLIPs follow the text loosely. Source: HiPrune++, arXiv 2508.00553.
+    ``vision_model.post_layernorm`` and ``visual_projection``, ``t`` is ``get_text_features``. CLIP trains only its
+    class token that way, so patches of the original CLIPs follow the text loosely. Source: HiPrune++, arXiv 2508.00553.
 
     Args:
         clip_model: transformers ``CLIPModel``; its vision half may be dropped after ``post_layernorm``.
@@ -129,7 +129,9 @@ class OpenClipText:
 
     def __post_init__(self) -> None:
         if len(self.image_mean) != 3 or len(self.image_std) != 3:
-            raise ConfigError("OpenClipText: image_mean and image_std must have three numbers each, as the processor's.")
+            raise ConfigError(
+                "OpenClipText: image_mean and image_std must have three numbers each, as in the processor."
+            )
 
     @torch.no_grad()
     def relevance(self, question: Question) -> list[Tensor]:
@@ -138,8 +140,7 @@ class OpenClipText:
         embedding = self.clip.encode_text(self.tokenizer([text]).to(parameter.device))[0]
         pixels = torch.stack([self._clip_pixels(x.to(parameter.device)) for x in question.pixels()])
         maps = [
-            _cosine(dense_tokens(self.clip.visual, part.to(parameter.dtype)), embedding)
-            for part in pixels.split(BATCH)
+            _cosine(dense_tokens(self.clip.visual, part.to(parameter.dtype)), embedding) for part in pixels.split(BATCH)
         ]
         device = question.features.device
         return [
@@ -165,10 +166,10 @@ def dense_tokens(visual: Any, pixel_values: Tensor) -> Tensor:
     """Patch tokens of an open_clip image tower in the joint space of pictures and texts.
 
     open_clip's ``VisionTransformer``: y_j = LN_post(x_j) proj, from ``forward_intermediates``. A timm tower
-    (``TimmModel``): each token of ``trunk.forward_features`` goes alone through ``trunk.forward_head`` and the adapter's
-    head, as if the picture had this one token; for average pooling that is the norm and the projection, for attention
-    pooling (SigLIP) the path of the values. (``TimmModel.forward_intermediates`` stops before what some trunks do
-    between their last block and their head.)
+    (``TimmModel``): each token of ``trunk.forward_features`` goes alone through ``trunk.forward_head`` and the head of
+    the adapter, as if the picture had this one token; for average pooling that is the norm and the projection, for
+    attention pooling (SigLIP) the path of the values. (``TimmModel.forward_intermediates`` stops before what some
+    trunks do between their last block and their head.)
 
     Args:
         visual: ``clip.visual``.  pixel_values: [B, 3, S, S] in the tower's normalisation.
@@ -189,9 +190,9 @@ def dense_tokens(visual: Any, pixel_values: Tensor) -> Tensor:
     if isinstance(visual, TimmModel) and "pool" not in dict(visual.head.named_children()):
         return _timm_tokens(visual, pixel_values)
     raise UnsupportedModelError(
-        f"{type(visual).__name__}: no patch tokens in the joint space can be had from this image tower. Use a CLIP with "
-        "open_clip's VisionTransformer without attentional pooling (ViT-*), or a timm tower without an attention head "
-        "of open_clip's own (SigLIP, ConvNeXt, EVA-02)."
+        f"{type(visual).__name__}: no patch tokens in the joint space can be had from this image tower. Use a CLIP "
+        "with open_clip's VisionTransformer without attentional pooling (ViT-*), or a timm tower without an attention "
+        "head of open_clip's own (SigLIP, ConvNeXt, EVA-02)."
     )
 
 

@@ -6,13 +6,29 @@ from typing import Any
 
 from vlmeff.errors import UnsupportedModelError
 from vlmeff.vlm.families.base import Family
+from vlmeff.vlm.families.fixed import Gemma3, Idefics3, InternVL, PaliGemma, SmolVLM
 from vlmeff.vlm.families.llava import Llava
+from vlmeff.vlm.families.llava_next import LlavaNext, LlavaOnevision
 from vlmeff.vlm.families.qwen import Qwen2_5VL, Qwen2VL, Qwen3VL, Qwen3VLMoe
 
 __all__ = ["FAMILIES", "Family", "family_of", "is_vlm"]
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (Llava(), Qwen2VL(), Qwen2_5VL(), Qwen3VL(), Qwen3VLMoe())
+    family.model_type: family
+    for family in (
+        Llava(),
+        LlavaNext(),
+        LlavaOnevision(),
+        Qwen2VL(),
+        Qwen2_5VL(),
+        Qwen3VL(),
+        Qwen3VLMoe(),
+        InternVL(),
+        Idefics3(),
+        SmolVLM(),
+        Gemma3(),
+        PaliGemma(),
+    )
 }
 
 

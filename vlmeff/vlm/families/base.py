@@ -61,13 +61,14 @@ class Family(ABC):
     """Facts of one model class.
 
     ``positions``: "repack" numbers the shortened prompt from 0 (one-dimensional positions); "keep" leaves every
-    surviving token its original multi-dimensional position (Qwen-VL).
+    surviving token its original multi-dimensional position (Qwen-VL). ``first_position``: where forward counts from.
     ``encoder_inputs``: per modality the arguments that the encoder consumes; they never reach the language model.
     ``grid_inputs``: further arguments that describe pictures and must not follow a shortened prompt.
     """
 
     model_type: ClassVar[str]
     positions: ClassVar[Literal["repack", "keep"]] = "repack"
+    first_position: ClassVar[int] = 0
     encoder_inputs: ClassVar[Mapping[Modality, tuple[str, ...]]]
     grid_inputs: ClassVar[tuple[str, ...]] = ()
 

@@ -46,9 +46,6 @@ class ClipTower(Family):
         heads = separate_heads(module)
         return QueryKey(heads(module.q_proj(hidden)), heads(module.k_proj(hidden)), module.scale)
 
-    def tower_module(self, model: Any) -> nn.Module:
-        return model.base_model.multi_modal_projector
-
     def refuse_model(self, model: Any) -> None:
         super().refuse_model(model)
         tower = getattr(model.base_model.vision_tower, "vision_model", model.base_model.vision_tower)
@@ -95,6 +92,9 @@ class Llava(ClipTower):
         return [[row[-tokens:]] for row in score]  # the class token votes as a query and is dropped as a column
 
     def projector(self, model: Any) -> nn.Module:
+        return model.base_model.multi_modal_projector
+
+    def tower_module(self, model: Any) -> nn.Module:
         return model.base_model.multi_modal_projector
 
     def pixels(self, model: Any, kwargs: Kwargs, modality: Modality) -> list[list[Tensor]]:
