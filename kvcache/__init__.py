@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kvcache.accounting import cache_bytes, cache_slots
+from kvcache.accounting import cache_bytes, cache_slots, full_cache_bytes
 
-__all__ = ["cache_bytes", "cache_slots"]
+__all__ = ["cache_bytes", "cache_slots", "full_cache_bytes"]

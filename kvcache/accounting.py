@@ -22,6 +22,19 @@ def cache_bytes(cache: object) -> int:
     return sum(storages.values())
 
 
+def full_cache_bytes(cache: object) -> int:
+    """What ``cache_bytes`` would be if every layer held as many tokens as the first, which keeps all of them."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(getattr(layer, "keys", None), Tensor)]
+    if not layers or len({layer.keys.shape[-2] for layer in layers}) == 1:
+        return cache_bytes(cache)
+    first = layers[0].keys.shape[-2]
+    return sum(
+        tensor.nbytes // tensor.shape[-2] * first if tensor.shape[-2] else 0
+        for layer in layers
+        for tensor in (layer.keys, layer.values)
+    )
+
+
 def cache_slots(cache: object) -> int:
     """Token slots summed over the layers (batch rows not counted)."""
     return sum(layer.keys.shape[-2] for layer in getattr(cache, "layers", ()) if isinstance(layer.keys, Tensor))

@@ -302,7 +302,7 @@ BROKEN = {
     "unknown preset": (entry(preset="hlaf"), "unknown preset 'hlaf'. Did you mean 'half'"),
     "unknown method": (
         setting("hipune", "presets", "half", "steps", 0, "method"),
-        "unknown token reduction method 'hipune'. Did you mean 'hiprune'?",
+        "unknown token reduction method 'hipune'. Did you mean 'hiprune'",
     ),
     "unknown method parameter": (setting({"alhpa": 0.1}, "presets", "half", "steps", 0, "params"), "'alhpa'"),
     "method parameter out of range": (setting({"alpha": 2}, "presets", "half", "steps", 0, "params"), "alpha=2"),

@@ -109,6 +109,10 @@ class InnerPruner(Protocol):
         """0-based layers after which tokens are dropped, ascending."""
         ...
 
+    def visual_per_layer(self, nv: int, layers: int) -> list[int]:
+        """Visual tokens that each of ``layers`` layers processes, of ``nv`` at the start."""
+        ...
+
 
 Method = Selector | Resampler | InnerPruner
 methods: Registry[Method] = Registry("token reduction method")

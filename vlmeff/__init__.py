@@ -12,37 +12,83 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tokenpruning import Downsample, HiPrune, Random
+    from tokenpruning import (
+        AdaptInfer,
+        DivPrune,
+        Downsample,
+        Fourier,
+        HiPrune,
+        HiPrunePlus,
+        PerFrame,
+        Random,
+        Schedule,
+        Scope,
+        TextTopK,
+        VisionZip,
+    )
     from vlmeff.errors import VlmeffError
     from vlmeff.loading import load
+    from vlmeff.planning import Forecast, plan
     from vlmeff.reporting import Report, report
+    from vlmeff.vlm.clips import select_clips
+    from vlmeff.vlm.relevance import EmbeddingText, OpenClipText, TowerText
     from vlmeff.wrapping import is_wrapped, presets, unwrap, wrap
 
 _HOMES = {
+    "AdaptInfer": "tokenpruning",
+    "DivPrune": "tokenpruning",
     "Downsample": "tokenpruning",
+    "EmbeddingText": "vlmeff.vlm.relevance",
+    "Forecast": "vlmeff.planning",
+    "Fourier": "tokenpruning",
     "HiPrune": "tokenpruning",
+    "HiPrunePlus": "tokenpruning",
+    "OpenClipText": "vlmeff.vlm.relevance",
+    "PerFrame": "tokenpruning",
     "Random": "tokenpruning",
     "Report": "vlmeff.reporting",
+    "Schedule": "tokenpruning",
+    "Scope": "tokenpruning",
+    "TextTopK": "tokenpruning",
+    "TowerText": "vlmeff.vlm.relevance",
+    "VisionZip": "tokenpruning",
     "VlmeffError": "vlmeff.errors",
     "is_wrapped": "vlmeff.wrapping",
     "load": "vlmeff.loading",
+    "plan": "vlmeff.planning",
     "presets": "vlmeff.wrapping",
     "report": "vlmeff.reporting",
+    "select_clips": "vlmeff.vlm.clips",
     "unwrap": "vlmeff.wrapping",
     "wrap": "vlmeff.wrapping",
 }
 
 __all__ = [
+    "AdaptInfer",
+    "DivPrune",
     "Downsample",
+    "EmbeddingText",
+    "Forecast",
+    "Fourier",
     "HiPrune",
+    "HiPrunePlus",
+    "OpenClipText",
+    "PerFrame",
     "Random",
     "Report",
+    "Schedule",
+    "Scope",
+    "TextTopK",
+    "TowerText",
+    "VisionZip",
     "VlmeffError",
     "__version__",
     "is_wrapped",
     "load",
+    "plan",
     "presets",
     "report",
+    "select_clips",
     "unwrap",
     "wrap",
 ]

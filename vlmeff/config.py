@@ -14,7 +14,9 @@ from tokenpruning.layout import Newline
 from vlmeff import zoo
 from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from vlmeff.vlm.families import Family, family_of, is_vlm
+from vlmeff.vlm.inner_request import check_model
 from vlmeff.vlm.reduce import Reduction
+from vlmeff.zoo_schema import ModelRecord
 
 logger = logging.getLogger("vlmeff")
 
@@ -82,7 +84,7 @@ def make_plan(
                 f"vlmeff: preset {preset!r} {known} for {type(model).__name__}: measure what it costs on your data.",
                 stacklevel=3,
             )
-    chosen = _override(_named_methods(tokens, chosen), overrides)
+    chosen = _override(_named_methods(tokens, chosen, zoo.find_model(model)), overrides)
     before = [method for method in chosen if not isinstance(method, InnerPruner)]
     inside = [method for method in chosen if isinstance(method, InnerPruner)]
     if len(before) > 1 or len(inside) > 1:
@@ -106,8 +108,22 @@ def make_plan(
         if isinstance(method, Selector):  # raises on an illegal layer
             family.score_layers(model, method.needs, getattr(method, "object_layer", None))
     logger.info("vlmeff: %s on %s", ", ".join(map(str, chosen)), type(model).__name__)
+    if inside:
+        inside = [_inner_for(model, family, inside[0], before)]
     reduction = Reduction(method=before[0] if before else None, **options)  # type: ignore[arg-type]
     return Plan(preset=preset, entry=entry, reduction=reduction, inner=inside[0] if inside else None), family
+
+
+def _inner_for(model: Any, family: Family, method: Any, before: list[Method]) -> Any:
+    """The method inside the language model with the schedule that it will follow; raises when the model cannot."""
+    text, config = family.text_model(model), model.config.get_text_config()
+    method = method.for_model(
+        model_type=model.config.model_type, layers=config.num_hidden_layers, hidden_size=config.hidden_size
+    )
+    check_model(model, text, method.schedule)
+    if before:
+        method.refuse_after(before[0])
+    return method
 
 
 def make_method(name: str, arguments: dict[str, Any]) -> Method:
@@ -120,23 +136,28 @@ def make_method(name: str, arguments: dict[str, Any]) -> Method:
 def check_methods(steps: Sequence[zoo.Step], tokens: TokensArgument | None, overrides: dict[str, Any]) -> None:
     """Raise what ``make_plan`` would raise of the methods alone, before a model is loaded."""
     chosen = [make_method(step.method, {**step.budget(), **step.params}) for step in steps]
-    _override(_named_methods(tokens, chosen), {k: v for k, v in overrides.items() if k not in OPTIONS})
+    _override(_named_methods(tokens, chosen, None), {k: v for k, v in overrides.items() if k not in OPTIONS})
 
 
-def _named_methods(tokens: TokensArgument | None, of_preset: list[Method]) -> list[Method]:
-    """What is asked for by name, at the preset's budget where only the name is given; else the preset's methods."""
+def _named_methods(tokens: TokensArgument | None, of_preset: list[Method], record: ModelRecord | None) -> list[Method]:
+    """What is asked for by name, else the preset's methods.
+
+    Where only the name is given, the budget is the preset's and parameters are those the zoo has for the model.
+    """
     if tokens is None:
         return of_preset
     keep = next((method.keep for method in of_preset if isinstance(method, Selector)), None)
     named = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else list(tokens)
-    return [_named_method(item, keep) for item in named]
+    return [_named_method(item, keep, record) for item in named]
 
 
-def _named_method(item: object, keep: Any) -> Method:
+def _named_method(item: object, keep: Any, record: ModelRecord | None) -> Method:
     if isinstance(item, str):
         cls = methods.get(item)
-        takes_keep = keep is not None and "keep" in _fields(cls)
-        return make_method(item, {"keep": keep} if takes_keep else {})
+        arguments = {} if record is None else dict(record.method_params.get(item, {}))
+        if keep is not None and "keep" in _fields(cls):
+            arguments["keep"] = keep
+        return make_method(item, arguments)
     if isinstance(item, type) or not isinstance(item, Selector | Resampler | InnerPruner):
         raise ConfigError(
             f"wrap: tokens={item!r} must be a token reduction method such as vlmeff.HiPrune(keep=0.5), or one of "

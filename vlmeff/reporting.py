@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache import cache_bytes
+from kvcache import cache_bytes, full_cache_bytes
 from tokenpruning.plan import PrunePlan
 from vlmeff.errors import ConfigError
 from vlmeff.vlm.cost import prefill_flops
+from vlmeff.vlm.inner import InnerRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class Report:
     milliseconds; ``prefill_ms`` runs from the call to the first logits and includes the vision encoder and the token
     selection. Counted: ``prefill_gflops`` of the language model, from the measured token counts. Reference:
     ``kv_bytes_full``, what the same cache would hold for the unshortened prompt. ``skipped``: the request has fewer
-    visual tokens than the preset's ``min_visual_tokens``, so nothing was reduced.
+    visual tokens than the preset's ``min_visual_tokens``, so nothing was reduced. ``visual_tokens_processed``: where
+    tokens are dropped between layers, how many were processed, averaged over the layers (``inner`` says which stayed).
     """
 
     method: str = "none"
@@ -43,12 +45,14 @@ class Report:
     encode_ms: float | None = None
     prefill_ms: float | None = None
     total_ms: float | None = None
+    visual_tokens_processed: float | None = None
     skipped: bool = False
+    inner: InnerRecord | None = field(default=None, repr=False, compare=False)
     plan: PrunePlan | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values (without ``plan``)."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
+        """The figures as plain JSON values (without ``plan`` and ``inner``)."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "inner")}
 
     def rows_of_text(self) -> list[tuple[str, str, str]]:
         """(what, value, how it was got), for tables."""
@@ -59,6 +63,11 @@ class Report:
         out = [
             ("method", self.method + (", skipped: few visual tokens" if self.skipped else ""), ""),
             ("visual tokens", pair(self.visual_tokens_before, self.visual_tokens_after), "measured"),
+            *(
+                [("visual tokens, mean over layers", f"{self.visual_tokens_processed:.1f}", "measured")]
+                if self.visual_tokens_processed is not None
+                else []
+            ),
             ("prompt tokens", pair(self.prompt_tokens_before, self.prompt_tokens_after), "measured"),
         ]
         if self.new_tokens is not None:
@@ -127,6 +136,7 @@ class Meter:
         self.remaining = 0  # prompt columns that have not gone through the model yet
         self.steps = 0  # passes that gave logits for a new token
         self.kv_bytes: int | None = None
+        self.kv_bytes_full: int | None = None
         self.cache: Any = None
         self.cache_length = 0
 
@@ -146,7 +156,7 @@ class Meter:
     def finish(self) -> None:
         self.clock.mark("end")
         if self.cache is not None:
-            self.kv_bytes = cache_bytes(self.cache)
+            self.kv_bytes, self.kv_bytes_full = cache_bytes(self.cache), full_cache_bytes(self.cache)
             self.cache_length = int(self.cache.get_seq_length())
         self.cache = None  # a report must not keep the cache alive
 
@@ -213,19 +223,35 @@ def columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 0 if ids is None else ids.shape[1]
 
 
+def placeholders(model: Any, input_ids: Tensor) -> Tensor:
+    """[B, L] bool: picture and video placeholders."""
+    ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
+    found = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token_id in ids:
+        if token_id is not None:
+            found |= input_ids == token_id
+    return found
+
+
 def visual_tokens(model: Any, input_ids: Tensor) -> int:
     """Picture and video placeholders in [B, L] ids."""
-    ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
-    return sum(int((input_ids == token_id).sum()) for token_id in set(ids) if token_id is not None)
+    return int(placeholders(model, input_ids).sum())
 
 
-def text_flops(model: Any, input_ids: Tensor, prompt_tokens: int) -> float | None:
-    """Counted GFLOP of the language model's prefill, rows taken as equally long; None for an unknown config."""
+def text_flops(model: Any, input_ids: Tensor, prompt_tokens: int, inner: InnerRecord | None = None) -> float | None:
+    """Counted GFLOP of the language model's prefill, rows taken as equally long; None for an unknown config.
+
+    ``inner``: what was dropped between its layers.
+    """
     config = model.config.get_text_config()
     if not hasattr(config, "intermediate_size") or not hasattr(config, "num_attention_heads"):
         return None
     rows = max(1, len(input_ids))
-    return rows * prefill_flops(config, round(prompt_tokens / rows)) / 1e9
+    tokens = round(prompt_tokens / rows)
+    if inner is None:
+        return rows * prefill_flops(config, tokens) / 1e9
+    full = inner.processed[0][1]
+    return rows * prefill_flops(config, [tokens - full + visual for _, visual in inner.processed]) / 1e9
 
 
 def report(model: Any) -> Report:

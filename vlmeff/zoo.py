@@ -65,7 +65,9 @@ class Step:
         return {} if self.keep is None else {"keep": self.keep}
 
     def __str__(self) -> str:
-        return f"{self.method}({', '.join(f'{key}={value}' for key, value in {**self.budget(), **self.params}.items())})"
+        return (
+            f"{self.method}({', '.join(f'{key}={value}' for key, value in {**self.budget(), **self.params}.items())})"
+        )
 
 
 @dataclass(frozen=True)

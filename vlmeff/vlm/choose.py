@@ -93,9 +93,7 @@ def select(
     # The hooks sit on modules that all threads share: one request is encoded at a time.
     with lock, probe(layers, family.query_key) as recorded, _tower_tokens(model, family, text_source) as tower:
         encoded = family.encode(model, kwargs, modality)
-    scores = {
-        name: family.token_scores(model, kwargs, modality, torch.cat(parts)) for name, parts in recorded.items()
-    }
+    scores = {name: family.token_scores(model, kwargs, modality, torch.cat(parts)) for name, parts in recorded.items()}
     if "text" in selector.needs:
         scores["text"] = _relevance(model, family, kwargs, modality, encoded, text_source, text_after, tower)
     _check_finite(scores)

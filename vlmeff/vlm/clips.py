@@ -7,7 +7,8 @@ their frames. The scoring and choosing functions are pure; ``select_clips`` runs
 Where this differs from the paper, or where its text left a choice: peaks below the mean score are dropped, so that a
 video with one relevant stretch is not padded with irrelevant ones; k-means over time is solved exactly (it is one-
 dimensional) instead of from random starts; redundancy averages over all pairs of frames of a clip, a frame with itself
-among them; clips that overlap become one clip with the tokens of both.
+among them, for otherwise a clip of one frame has none and always wins; clips that overlap become one clip with the
+tokens of both.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from vlmeff.errors import ConfigError, DataError
 
-REDUNDANCY_WEIGHT = 0.5  # lambda_r
-LENGTH_WEIGHT = 0.05  # lambda_l
+REDUNDANCY_WEIGHT = 0.5  # the paper's lambda_r
+LENGTH_WEIGHT = 0.05  # its lambda_l
 Size = tuple[int, int]  # (height, width)
 
 

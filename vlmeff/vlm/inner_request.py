@@ -42,6 +42,25 @@ def check_model(model: Any, text_model: nn.Module, schedule: Schedule) -> None:
         UnsupportedModelError: the language model's layers are not of a known kind.
         ConfigError: a pruning layer does not exist, or still gets visual features added behind it (Qwen3-VL).
     """
+    check_layers(text_model)
+    layers: Any = text_model.layers
+    schedule.check_depth(len(layers))
+    first = first_legal_layer(model)
+    if schedule.layers[0] < first:
+        raise ConfigError(
+            f"AdaptInfer: layers={schedule.layers!r}: {type(model).__name__} adds visual features behind its first "
+            f"{first + 1} language layers, so tokens can be dropped after layer {first} at the earliest."
+        )
+
+
+def first_legal_layer(model: Any) -> int:
+    """The first layer that tokens may be dropped after: Qwen3-VL adds visual features behind its first layers."""
+    fed = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    return max(0, len(fed) - 1)
+
+
+def check_layers(text_model: nn.Module) -> None:
+    """Raise ``UnsupportedModelError`` unless the decoder layers are of a known kind."""
     layers: Any = getattr(text_model, "layers", None)
     if layers is None or not len(layers):
         raise UnsupportedModelError(f"AdaptInfer: {type(text_model).__name__} has no decoder layers in 'layers'.")
@@ -57,13 +76,6 @@ def check_model(model: Any, text_model: nn.Module, schedule: Schedule) -> None:
                 f"AdaptInfer: layer {number} of the language model uses sliding-window attention, and dropping tokens "
                 "would move the window. Use a method that works before the language model, like HiPrune."
             )
-    schedule.check_depth(len(layers))
-    fed = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
-    if schedule.layers[0] + 1 < fed:
-        raise ConfigError(
-            f"AdaptInfer: layers={schedule.layers!r}: {type(model).__name__} adds visual features behind its first "
-            f"{fed} language layers, so tokens can be dropped after layer {fed - 1} at the earliest."
-        )
 
 
 def _window(attention: Any) -> Any:

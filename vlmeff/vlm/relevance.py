@@ -154,8 +154,8 @@ class OpenClipText:
 
         visual = self.clip.visual
         x = pixels.float() * _channels(self.image_std, pixels) + _channels(self.image_mean, pixels)
-        size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
-        if x.shape[1:] != size:
+        size = (visual.image_size,) * 2 if isinstance(visual.image_size, int) else tuple(visual.image_size)
+        if tuple(x.shape[1:]) != size:
             x = F.interpolate(x[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
         mean = getattr(visual, "image_mean", None) or OPENAI_DATASET_MEAN
         std = getattr(visual, "image_std", None) or OPENAI_DATASET_STD

@@ -11,6 +11,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +22,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from vlmeff.config import Plan
 from vlmeff.errors import UnsupportedInputError
-from vlmeff.reporting import Meter, Report, columns, text_flops, visual_tokens
+from vlmeff.reporting import Meter, Report, columns, placeholders, text_flops, visual_tokens
 from vlmeff.vlm.families import Family
 from vlmeff.vlm.families.base import present
+from vlmeff.vlm.inner import INNER_RECORD, InnerPruning
+from vlmeff.vlm.inner_request import prepare
+from vlmeff.vlm.prompt import plan_shortening
 from vlmeff.vlm.record import RECORD, ShortRequest, attach_record
 from vlmeff.vlm.reduce import Untouched, shorten_request
 
@@ -155,18 +159,25 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     request = shorten_request(
         model, state.family, state.plan.reduction, named, generating=False, lock=state.lock, clock=meter.clock
     )
-    if isinstance(request, Untouched):
-        output = original(**named)
-    elif request.keep is None:
-        return original(**request.kwargs)  # a step of a hand-written loop; the report stays that of the prompt
-    else:
+    short = named if isinstance(request, Untouched) else request.kwargs
+    inner = _inner(model, state, short, request, generating=False)
+    if isinstance(request, ShortRequest) and request.keep is not None:
         _check_logits_to_keep(named)
-        output = original(**{**request.kwargs, "return_dict": True})
-        output.vlmeff_keep = request.keep
+        short = {**short, "return_dict": True}
+    with inner or nullcontext():
+        output = original(**short)
+    if isinstance(request, ShortRequest):
+        if request.keep is None:
+            return output  # a step of a hand-written loop; the report stays that of the prompt
+        output.vlmeff_keep = _kept_columns(request.keep, named, inner)
         attach_record(getattr(output, "past_key_values", None), request.record)
+    elif not present(named):
+        return output
+    elif inner is not None and inner.record is not None:
+        output.vlmeff_keep = _kept_columns(torch.ones_like(named["input_ids"], dtype=torch.bool), named, inner)
     meter.after_forward(columns((), named), output)
     meter.finish()
-    state.report = _make_report(model, state, request, named, meter, new_tokens=None)
+    state.report = _make_report(model, state, request, named, meter, new_tokens=None, inner=inner)
     if isinstance(request, ShortRequest) and named.get("return_dict", model.config.return_dict) is False:
         return output.to_tuple()
     return output
@@ -190,6 +201,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             model, state.family, state.plan.reduction, named, generating=True, lock=state.lock, clock=meter.clock
         )
     short = dict(named) if isinstance(request, Untouched) else dict(request.kwargs)
+    inner = _inner(model, state, short, request, generating=True)
     input_ids = short.get("input_ids")
     prompt: _CallersPrompt | None = None
     if isinstance(request, ShortRequest):
@@ -212,7 +224,8 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         meter.expect(input_ids.shape[1] - (int(cache.get_seq_length()) if cache is not None else 0))
     token = _running.set(_Call(state, meter))
     try:
-        result = original(**short)
+        with inner or nullcontext():
+            result = original(**short)
     finally:
         _running.reset(token)
     cache = meter.cache
@@ -228,7 +241,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = sequences
         else:
             result.sequences = sequences
-    state.report = _make_report(model, state, request, named, meter, new_tokens=new_tokens)
+    state.report = _make_report(model, state, request, named, meter, new_tokens=new_tokens, inner=inner)
     return result
 
 
@@ -237,9 +250,42 @@ def _concerns(named: dict[str, Any], plan: Plan) -> bool:
 
     A cache of a shortened prompt stays one, whatever the plan has become since.
     """
-    if hasattr(named.get("past_key_values"), RECORD):
+    cache = named.get("past_key_values")
+    if hasattr(cache, RECORD) or hasattr(cache, INNER_RECORD):
         return True
     return bool(plan.methods) and bool(present(named))
+
+
+def _kept_columns(keep: Tensor, named: dict[str, Any], inner: InnerPruning | None) -> Tensor:
+    """[B, L] bool: the caller's columns that a forward pass returns, after dropping between layers too."""
+    columns = None if inner is None or inner.record is None else inner.record.columns[-1]
+    if columns is None:
+        return keep
+    mask = named.get("attention_mask")
+    valid = torch.ones_like(keep) if mask is None else mask.to(keep.device).bool()
+    if bool(keep.all()):  # nothing was lost before the language model: its columns are the caller's
+        return torch.zeros_like(keep).scatter(1, columns.to(keep.device), True)
+    places = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    origin = plan_shortening(keep, valid).apply(places, -1).gather(1, columns.to(keep.device))
+    rows, real = torch.arange(len(keep), device=keep.device)[:, None].expand_as(origin), origin >= 0
+    final = torch.zeros_like(keep)
+    final[rows[real], origin[real]] = True
+    return final
+
+
+def _inner(
+    model: Any, state: State, kwargs: dict[str, Any], request: ShortRequest | Untouched, *, generating: bool
+) -> InnerPruning | None:
+    """The hooks inside the language model for one call; None when it needs none."""
+    method = state.plan.inner
+    cache = kwargs.get("past_key_values")
+    if state.family is None or (method is None and not hasattr(cache, INNER_RECORD)):
+        return None
+    skipped = isinstance(request, Untouched) and request.skipped
+    schedule = None if method is None or skipped else method.schedule
+    ids = kwargs.get("input_ids")
+    visual = None if ids is None else placeholders(model, ids)
+    return prepare(model, state.family.text_model(model), schedule, kwargs, visual=visual, generating=generating)
 
 
 def _device(model: Any, named: dict[str, Any]) -> torch.device:
@@ -332,8 +378,10 @@ def _make_report(
     meter: Meter,
     *,
     new_tokens: int | None,
+    inner: InnerPruning | None,
 ) -> Report:
     plan = request.plan
+    record = None if inner is None else inner.record
     ids = named.get("input_ids")
     if isinstance(request, ShortRequest):
         before, after, dropped = request.tokens_before, request.tokens_after, request.dropped
@@ -342,7 +390,7 @@ def _make_report(
         before = 0 if ids is None else (ids.numel() if mask is None or mask.ndim != 2 else int(mask.sum()))
         after, dropped = before, 0
     figures = meter.figures()
-    full = figures["kv_bytes"]
+    full = meter.kv_bytes_full
     if full and meter.cache_length:
         full = round(full * (meter.cache_length + dropped) / meter.cache_length)
     visual = 0 if ids is None else visual_tokens(model, ids)
@@ -357,8 +405,10 @@ def _make_report(
         new_tokens=new_tokens,
         kv_bytes_full=full,
         prefill_gflops_before=None if ids is None else text_flops(model, ids, before),
-        prefill_gflops_after=None if ids is None else text_flops(model, ids, after),
+        visual_tokens_processed=None if record is None or ids is None else record.mean_visual * len(ids),
+        prefill_gflops_after=None if ids is None else text_flops(model, ids, after, record),
         plan=plan,
         skipped=isinstance(request, Untouched) and request.skipped,
+        inner=record,
         **figures,
     )

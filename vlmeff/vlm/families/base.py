@@ -21,6 +21,7 @@ from vlmeff.vlm.probe import QueryKey
 
 Kwargs = Mapping[str, Any]
 Modality = Literal["image", "video"]
+EncoderInputs = Mapping[Modality, tuple[str, ...]]
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -69,7 +70,7 @@ class Family(ABC):
     model_type: ClassVar[str]
     positions: ClassVar[Literal["repack", "keep"]] = "repack"
     first_position: ClassVar[int] = 0
-    encoder_inputs: ClassVar[Mapping[Modality, tuple[str, ...]]]
+    encoder_inputs: ClassVar[EncoderInputs]
     grid_inputs: ClassVar[tuple[str, ...]] = ()
 
     # -- geometry ------------------------------------------------------------------------------------------------
@@ -79,11 +80,15 @@ class Family(ABC):
         """How the tokens of each picture stand in the prompt, from the arguments alone (nothing is run)."""
 
     def layout_of_size(self, model: Any, height: int, width: int) -> Layout:
-        """The layout of one picture of ``height`` x ``width`` pixels as the model's processor prepares it by default."""
+        """The layout of one picture of ``height`` x ``width`` pixels as the processor prepares it by default."""
         raise UnsupportedModelError(
             f"{self.model_type}: the number of tokens of a picture does not follow from its size alone; pass the "
             "processor's inputs instead."
         )
+
+    def patches_per_token(self, model: Any) -> int:
+        """Tower tokens that become one visual token."""
+        return 1
 
     # -- scores of the vision tower ------------------------------------------------------------------------------
 
@@ -164,12 +169,20 @@ class Family(ABC):
         """The module before whose input [pictures, H * W, C] tokens are resampled; None: after the encoder."""
         return None
 
+    def resampled_layouts(
+        self, model: Any, kwargs: Kwargs, layouts: Sequence[Layout], method: Resampler
+    ) -> list[Layout]:
+        """What ``layouts`` become when every segment's grid is resampled."""
+        if any(layout.slots is not None for layout in layouts):
+            raise NotImplementedError("a family with separators says where they stand among resampled tokens")
+        return [Layout(grids=[method.new_grid(g) for g in layout.grids], shares=layout.shares) for layout in layouts]
+
     def encode_resampled(self, model: Any, kwargs: Kwargs, modality: Modality, method: Resampler) -> Encoded:
         """Encode with every segment's grid resampled. Its ``layouts`` are those of the smaller grids."""
         projector = self.projector(model)
         if projector is None:
             full = self.encode(model, kwargs, modality)
-            layouts = [resampled_layout(layout, method) for layout in full.layouts]
+            layouts = self.resampled_layouts(model, kwargs, full.layouts, method)
             items = [resample_item(item, layout, method) for item, layout in zip(full.items, full.layouts, strict=True)]
             deep = [
                 [resample_item(item, layout, method) for item, layout in zip(layer, full.layouts, strict=True)]
@@ -194,7 +207,7 @@ class Family(ABC):
             output = getattr(model.base_model, f"get_{modality}_features")(**arguments, return_dict=True)
         finally:
             handle.remove()
-        return self.split(output, [resampled_layout(layout, method) for layout in layouts])
+        return self.split(output, self.resampled_layouts(model, kwargs, layouts, method))
 
     # -- what the language model gets ----------------------------------------------------------------------------
 
@@ -248,13 +261,6 @@ def present(kwargs: Kwargs) -> list[Modality]:
     """The modalities of a request."""
     encoded = kwargs.get("mm_encoder_outputs") or {}
     return [m for m in MODALITIES if kwargs.get(PIXELS[m]) is not None or encoded.get(m) is not None]
-
-
-def resampled_layout(layout: Layout, method: Resampler) -> Layout:
-    """The layout of a picture without separators once its grids are resampled."""
-    if layout.slots is not None:
-        raise NotImplementedError("a family with separators packs its resampled tiles itself")
-    return Layout(grids=[method.new_grid(grid) for grid in layout.grids], shares=layout.shares)
 
 
 def resample_item(item: Tensor, layout: Layout, method: Resampler) -> Tensor:

@@ -7,25 +7,32 @@ Each tile that the processor makes is a picture of its own here: the inputs do n
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenpruning import Layout
 from vlmeff.errors import UnsupportedInputError, UnsupportedModelError
-from vlmeff.vlm.families.base import Family, Kwargs, Modality, pooled_scores, separate_heads
+from vlmeff.vlm.families.base import EncoderInputs, Family, Kwargs, Modality, pooled_scores, separate_heads
 from vlmeff.vlm.probe import QueryKey
 
 
 class FixedGrid(Family):
     """What they share: ``block`` x ``block`` tower tokens in one, square pictures, one-dimensional positions."""
 
-    encoder_inputs = {"image": ("pixel_values",)}
+    encoder_inputs: ClassVar[EncoderInputs] = {"image": ("pixel_values",)}
 
     @abstractmethod
     def block(self, model: Any) -> int:
         """Tower tokens along an edge of a visual token."""
+
+    def patches_per_token(self, model: Any) -> int:
+        return self.block(model) ** 2
+
+    def layout_of_size(self, model: Any, height: int, width: int) -> Layout:
+        side = self.side(model)
+        return Layout(grids=[(side, side)])  # one tile; processors that split pictures make more of them
 
     def tower(self, model: Any) -> Any:
         tower = model.base_model.vision_tower
@@ -84,7 +91,9 @@ class InternVL(FixedGrid):
     """Its own ViT with a class token; pixel shuffle. The processor turns videos into pictures."""
 
     model_type = "internvl"
-    encoder_inputs = {"image": ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")}
+    encoder_inputs: ClassVar[EncoderInputs] = {
+        "image": ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+    }
 
     def block(self, model: Any) -> int:
         return round(1 / model.config.downsample_ratio)
@@ -125,7 +134,7 @@ class Idefics3(FixedGrid):
     """pixel_values [rows, pictures, 3, h, w]; pictures of zeros only fill up a row and are dropped by the model."""
 
     model_type = "idefics3"
-    encoder_inputs = {"image": ("pixel_values", "pixel_attention_mask")}
+    encoder_inputs: ClassVar[EncoderInputs] = {"image": ("pixel_values", "pixel_attention_mask")}
 
     def block(self, model: Any) -> int:
         return model.config.scale_factor

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from tokenpruning import Layout
 from vlmeff.errors import UnsupportedInputError, UnsupportedModelError
-from vlmeff.vlm.families.base import Family, Kwargs, Modality, separate_heads
+from vlmeff.vlm.families.base import EncoderInputs, Family, Kwargs, Modality, separate_heads
 from vlmeff.vlm.probe import QueryKey
 
 
@@ -71,7 +71,9 @@ class Llava(ClipTower):
     """LLaVA-1.5: a square grid, one-dimensional positions."""
 
     model_type = "llava"
-    encoder_inputs = {"image": ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")}
+    encoder_inputs: ClassVar[EncoderInputs] = {
+        "image": ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+    }
 
     def layouts(self, model: Any, kwargs: Kwargs, modality: Modality) -> list[Layout]:
         if kwargs.get("image_sizes") is not None:

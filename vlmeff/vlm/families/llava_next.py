@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from tokenpruning import Layout, Resampler
 from tokenpruning.layout import SEPARATOR
 from vlmeff.errors import ConfigError, IncompatibleError, UnsupportedInputError
-from vlmeff.vlm.families.base import Encoded, Kwargs, Modality
+from vlmeff.vlm.families.base import Encoded, EncoderInputs, Kwargs, Modality
 from vlmeff.vlm.families.llava import ClipTower
 from vlmeff.vlm.families.tiles import Mosaic
 
@@ -50,6 +51,18 @@ class Tiled(ClipTower):
             mosaic.segment_maps(part, per_tile=self.per_tile) for mosaic, part in zip(mosaics, pictures, strict=True)
         ]
 
+    def _resampled_mosaics(self, model: Any, kwargs: Kwargs, method: Resampler) -> list[Mosaic]:
+        side = self.mosaics(model, kwargs)[0].side
+        small, width = method.new_grid((side, side))
+        if small != width:
+            raise ConfigError(f"{self.model_type}: tiles are square, so they must be resampled to a square.")
+        return self.mosaics(model, kwargs, small)
+
+    def resampled_layouts(
+        self, model: Any, kwargs: Kwargs, layouts: Sequence[Layout], method: Resampler
+    ) -> list[Layout]:
+        return [m.layout(per_tile=self.per_tile) for m in self._resampled_mosaics(model, kwargs, method)]
+
     def encode_resampled(self, model: Any, kwargs: Kwargs, modality: Modality, method: Resampler) -> Encoded:
         """Tiles are resampled alike before the projector and packed as the model packs them.
 
@@ -61,10 +74,8 @@ class Tiled(ClipTower):
                 f"{self.model_type}: tokens are resampled before the projector, which mm_encoder_outputs have passed; "
                 "pass the pixels instead."
             )
-        full = self.mosaics(model, kwargs)
-        side, width = method.new_grid((full[0].side, full[0].side))
-        if side != width:
-            raise ConfigError(f"{self.model_type}: tiles are square, so they must be resampled to a square.")
+        side = self.mosaics(model, kwargs)[0].side
+        mosaics = self._resampled_mosaics(model, kwargs, method)
         projector, seen = model.base_model.multi_modal_projector, []
         handle = projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
@@ -72,8 +83,7 @@ class Tiled(ClipTower):
         finally:
             handle.remove()
         (tiles,) = seen
-        small = projector(method.resample(tiles, (full[0].side, full[0].side)))
-        mosaics = self.mosaics(model, kwargs, side)
+        small = projector(method.resample(tiles, (side, side)))
         pictures = small.split([mosaic.tiles for mosaic in mosaics])
         newline = model.base_model.image_newline
         items = [mosaic.pack(part, newline) for mosaic, part in zip(mosaics, pictures, strict=True)]
@@ -105,7 +115,9 @@ class LlavaNext(Tiled):
 
     model_type = "llava_next"
     per_tile = True
-    encoder_inputs = {"image": ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")}
+    encoder_inputs: ClassVar[EncoderInputs] = {
+        "image": ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    }
 
 
 class LlavaOnevision(Tiled):
@@ -114,7 +126,7 @@ class LlavaOnevision(Tiled):
 
     model_type = "llava_onevision"
     per_tile = False
-    encoder_inputs = {
+    encoder_inputs: ClassVar[EncoderInputs] = {
         "image": (
             "pixel_values",
             "image_sizes",
@@ -165,17 +177,23 @@ class LlavaOnevision(Tiled):
         videos = pooled.split([len(layout.grids) for layout in self.layouts(model, kwargs, "video")])
         return [list(frames) for frames in videos]
 
+    def resampled_layouts(
+        self, model: Any, kwargs: Kwargs, layouts: Sequence[Layout], method: Resampler
+    ) -> list[Layout]:
+        if layouts and layouts[0].spans is not None and bool((layouts[0].spans[:, 0] == layouts[0].spans[:, 1]).all()):
+            return [_frames(len(layout.grids), *method.new_grid(layout.grids[0])) for layout in layouts]  # videos
+        return super().resampled_layouts(model, kwargs, layouts, method)
+
     def encode_resampled(self, model: Any, kwargs: Kwargs, modality: Modality, method: Resampler) -> Encoded:
         if modality == "image":
             return super().encode_resampled(model, kwargs, modality, method)
         full = self.encode(model, kwargs, "video")
-        items, layouts = [], []
+        items = []
         for item, layout in zip(full.items, full.layouts, strict=True):
             frames = item[:-1].view(len(layout.grids), -1, item.shape[-1])
             small = method.resample(frames, layout.grids[0])
             items.append(torch.cat([small.flatten(0, 1), item[-1:]]))
-            layouts.append(_frames(len(layout.grids), *method.new_grid(layout.grids[0])))
-        return Encoded(full.output, items, [], layouts)
+        return Encoded(full.output, items, [], self.resampled_layouts(model, kwargs, full.layouts, method))
 
     def pixels(self, model: Any, kwargs: Kwargs, modality: Modality) -> list[list[Tensor]]:
         if modality == "image":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenpruning import Layout
 from vlmeff.errors import UnsupportedInputError
-from vlmeff.vlm.families.base import Family, Kwargs, Modality
+from vlmeff.vlm.families.base import EncoderInputs, Family, Kwargs, Modality
 from vlmeff.vlm.probe import QueryKey
 
 GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
@@ -20,7 +20,7 @@ class QwenVL(Family):
     """What the three share. Every temporal slice of a video is a segment of its own."""
 
     positions = "keep"
-    encoder_inputs = {
+    encoder_inputs: ClassVar[EncoderInputs] = {
         "image": ("pixel_values", "image_grid_thw"),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }
@@ -46,6 +46,9 @@ class QwenVL(Family):
         # The processor's published limits: 4 to 16384 tokens per picture.
         height, width = smart_resize(height, width, factor=side, min_pixels=4 * side**2, max_pixels=16384 * side**2)
         return Layout(grids=[(height // side, width // side)])
+
+    def patches_per_token(self, model: Any) -> int:
+        return model.config.vision_config.spatial_merge_size**2
 
     def attention_layers(self, model: Any) -> list[nn.Module]:
         return [block.attn for block in model.base_model.visual.blocks]

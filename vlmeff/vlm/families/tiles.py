@@ -71,7 +71,7 @@ class Mosaic:
         return out
 
     def assemble(self, tiles: Tensor) -> Tensor:
-        """[tiles, side, side, ...] maps of all tiles, thumbnail first -> the mosaic [height, width, ...], not scaled."""
+        """[tiles, side, side, ...] maps of all tiles, thumbnail first -> the unscaled mosaic [height, width, ...]."""
         parts = tiles[1:].view(self.rows, self.columns, self.side, self.side, *tiles.shape[3:])
         whole = parts.transpose(1, 2).flatten(0, 1).flatten(1, 2)
         return whole[self.top : self.top + self.height, self.left : self.left + self.width]

@@ -1,0 +1,199 @@
+"""What a preset would do to a request, without running the model: ``vlmeff.plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenpruning import InnerPruner, Layout, Resampler, Selector
+from vlmeff.config import Plan, TokensArgument, make_plan
+from vlmeff.errors import ConfigError
+from vlmeff.reporting import format_bytes
+from vlmeff.vlm.choose import budgets_of
+from vlmeff.vlm.cost import column_mean_flops, kv_bytes, prefill_flops
+from vlmeff.vlm.families import Family
+from vlmeff.vlm.families.base import Modality, present
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a request costs without and with a preset. Everything is counted from sizes; nothing is measured.
+
+    Tokens are those of all rows together. ``visual_tokens_after`` is what reaches the language model;
+    ``visual_tokens_processed`` is its average over the layers, lower where tokens are dropped between layers.
+    ``kv_bytes`` and ``prefill_gflops`` are of the prompt in the language model; ``scoring_gflops`` is what choosing
+    tokens adds to the vision tower (a lower bound: pooling and sorting are left out).
+    """
+
+    method: str
+    preset: str | None
+    visual_tokens_before: int
+    visual_tokens_after: int
+    visual_tokens_processed: float
+    prompt_tokens_before: int
+    prompt_tokens_after: int
+    kv_bytes_before: int
+    kv_bytes_after: int
+    prefill_gflops_before: float
+    prefill_gflops_after: float
+    scoring_gflops: float
+    pays_off: bool
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            ("method", self.method),
+            ("visual tokens", f"{self.visual_tokens_before} -> {self.visual_tokens_after}"),
+            ("prompt tokens", f"{self.prompt_tokens_before} -> {self.prompt_tokens_after}"),
+            ("KV cache of the prompt", f"{format_bytes(self.kv_bytes_before)} -> {format_bytes(self.kv_bytes_after)}"),
+            ("LLM prefill GFLOP", f"{self.prefill_gflops_before:.3g} -> {self.prefill_gflops_after:.3g}"),
+            ("scoring GFLOP", f"{self.scoring_gflops:.3g}"),
+            ("expected to pay off", f"{'yes' if self.pays_off else 'no'}: {self.why}"),
+        ]
+        if self.visual_tokens_processed != self.visual_tokens_after:
+            rows.insert(2, ("visual tokens, mean over layers", f"{self.visual_tokens_processed:.1f}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def plan(
+    model: Any,
+    inputs_or_size: Mapping[str, Any] | Size | Sequence[Size],
+    preset: str | None = "fast",
+    *,
+    tokens: TokensArgument | None = None,
+    text_tokens: int = 64,
+    **overrides: Any,
+) -> Forecast:
+    """Say what a preset would do, without running the model.
+
+    Args:
+        model: a transformers vision-language model, wrapped or not; its weights are not read, so one on the meta device
+            will do.
+        inputs_or_size: the processor's outputs for a request; or the (height, width) in pixels of a picture, or of
+            several, which are counted as the model's processor prepares them by default.
+        preset, tokens, **overrides: as for ``wrap``.
+        text_tokens: length of the text where only sizes are given.
+    Raises:
+        ConfigError, UnsupportedModelError: as ``wrap``; or the preset has no token step for this model.
+    """
+    settings, family = make_plan(model, preset, tokens=tokens, unavailable={}, overrides=overrides)
+    if family is None:
+        raise ConfigError("plan: neither the preset nor tokens=... names a token step, so there is nothing to plan.")
+    layouts, rows, prompt, pictures = _request(model, family, inputs_or_size, text_tokens)
+    everything = [layout for group in layouts.values() for layout in group]
+    before = sum(layout.n_slots for layout in everything)
+    config = model.config.get_text_config()
+    width = next(iter(model.parameters())).element_size()
+    threshold = settings.reduction.min_visual_tokens
+    skipped = before < threshold * rows
+    after = before if skipped else _kept(model, family, settings, layouts, pictures)
+    text = prompt - before
+
+    per_layer = _per_layer(settings.inner, after, config.num_hidden_layers)
+    short = [round((text + n) / rows) for n in per_layer]
+    full = round(prompt / rows)
+    gflops_before = rows * prefill_flops(config, full) / 1e9
+    gflops_after = rows * prefill_flops(config, short) / 1e9
+    scoring = 0.0 if skipped else _scoring_gflops(model, family, settings, everything)
+    saved = gflops_before - gflops_after
+    if skipped:
+        pays_off, why = False, f"fewer than {threshold} visual tokens per row: the token step is skipped"
+    elif after == before and settings.inner is None:
+        pays_off, why = False, "the budget keeps every token"
+    else:
+        pays_off = saved > scoring
+        relation = "more" if pays_off else "less"
+        why = f"prefill saves {saved:.3g} GFLOP, {relation} than the {scoring:.3g} that scoring costs"
+    return Forecast(
+        method=settings.method_name,
+        preset=settings.preset,
+        visual_tokens_before=before,
+        visual_tokens_after=after,
+        visual_tokens_processed=sum(per_layer) / len(per_layer),
+        prompt_tokens_before=prompt,
+        prompt_tokens_after=text + after,
+        kv_bytes_before=rows * kv_bytes(config, full, width),
+        kv_bytes_after=rows * kv_bytes(config, short, width),
+        prefill_gflops_before=gflops_before,
+        prefill_gflops_after=gflops_after,
+        scoring_gflops=scoring,
+        pays_off=pays_off,
+        why=why,
+    )
+
+
+def _request(
+    model: Any, family: Family, what: Any, text_tokens: int
+) -> tuple[dict[Modality, list[Layout]], int, int, Mapping[str, Any]]:
+    """The layouts of the pictures, the number of rows, the tokens of all prompts, and what describes the pictures."""
+    if isinstance(what, Mapping):
+        ids = what.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise ConfigError("plan: inputs have no input_ids; pass all of the processor's outputs.")
+        family.refuse_unsupported(model, what)
+        layouts = {modality: family.layouts(model, what, modality) for modality in present(what)}
+        mask = what.get("attention_mask")
+        return layouts, len(ids), ids.numel() if mask is None else int(mask.sum()), what
+    sizes = [what] if len(what) == 2 and all(isinstance(n, int) for n in what) else list(what)
+    for size in sizes:
+        legal = isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        if not legal:
+            raise ConfigError(f"plan: {size!r} is not a picture's (height, width) in pixels.")
+    if type(text_tokens) is not int or text_tokens < 0:
+        raise ConfigError(f"plan: text_tokens={text_tokens!r} must be an int >= 0.")
+    of_sizes = [family.layout_of_size(model, height, width) for height, width in sizes]
+    prompt = text_tokens + sum(layout.n_slots for layout in of_sizes)
+    return {"image": of_sizes}, 1, prompt, {"image_sizes": sizes}
+
+
+def _kept(
+    model: Any, family: Family, settings: Plan, layouts: dict[Modality, list[Layout]], pictures: Mapping[str, Any]
+) -> int:
+    """Placeholders that stay. Where rows with a survivor keep their separator ("rows") this is the most."""
+    method = settings.reduction.method
+    everything = [layout for group in layouts.values() for layout in group]
+    if method is None:
+        return sum(layout.n_slots for layout in everything)
+    if isinstance(method, Resampler):
+        small = [family.resampled_layouts(model, pictures, group, method) for group in layouts.values()]
+        return sum(layout.n_slots for group in small for layout in group)
+    assert isinstance(method, Selector)
+    return sum(
+        _selected(settings, layout, ks) for layout, ks in zip(everything, budgets_of(method, everything), strict=True)
+    )
+
+
+def _selected(settings: Plan, layout: Layout, ks: list[int]) -> int:
+    if ks == layout.sizes:
+        return layout.n_slots
+    if layout.slots is None or layout.spans is None:
+        return sum(ks)
+    always = int((layout.spans[:, 0] == layout.spans[:, 1]).sum())
+    return sum(ks) + (always if settings.reduction.newline == "drop" else len(layout.spans))
+
+
+def _per_layer(inner: InnerPruner | None, visual: int, layers: int) -> list[int]:
+    return [visual] * layers if inner is None else inner.visual_per_layer(visual, layers)
+
+
+def _scoring_gflops(model: Any, family: Family, settings: Plan, layouts: list[Layout]) -> float:
+    method = settings.reduction.method
+    if not isinstance(method, Selector):
+        return 0.0
+    layers = family.score_layers(model, method.needs, getattr(method, "object_layer", None))
+    patches = family.patches_per_token(model)
+    out = 0
+    for module in layers.values():
+        linear: Any = getattr(module, "q_proj", None) or getattr(module, "qkv", None)
+        sizes = [h * w * patches for layout in layouts for h, w in layout.grids]
+        out += sum(column_mean_flops(linear.in_features, n) for n in sizes)
+    return out / 1e9
