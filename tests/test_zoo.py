@@ -19,7 +19,9 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny as tiny_model
 
+import vlmeff
 from tokenpruning.budget import tokens_to_keep
 from vlmeff import zoo
 from vlmeff.errors import ConfigError, UnknownNameError, UnknownPresetError, ZooError
@@ -154,23 +156,49 @@ def test_the_packaged_copy_wins_over_the_file_beside_the_source_tree(
     assert list(zoo.load_zoo().presets) == ["half", "other"]
 
 
-def test_every_model_has_an_entry_for_every_preset_of_the_shipped_file() -> None:
+def test_every_model_has_entries_and_the_general_presets_are_there_for_the_models_of_the_hiprune_paper() -> None:
     shipped = zoo.load_zoo()
-    assert set(shipped.entries) == {f"{model}/{preset}" for model in shipped.models for preset in shipped.presets}
+    assert {item.model for item in shipped.entries.values()} == set(shipped.models)
+    general = [name for name, preset in shipped.presets.items() if preset.steps[0].method == "hiprune"]
+    assert general == ["quality", "balanced", "fast", "smallest", "paper-hiprune"]
+    for model in ("tiny-llava", "llava-1.5-7b", "qwen2.5-vl-3b", "qwen2.5-vl-7b"):
+        assert {f"{model}/{preset}" for preset in general} <= set(shipped.entries)
 
 
 @pytest.mark.parametrize("name", list(zoo.load_zoo().entries))
 def test_kept_tokens_are_what_the_budget_gives(name: str) -> None:
     item, shipped = zoo.get(name), zoo.load_zoo()
-    keep = zoo.resolve(item.model, item.preset).steps[0].keep
+    step = zoo.resolve(item.model, item.preset).steps[0]
     if shipped.models[item.model].visual_tokens.kind == "fixed":
         counts = [(item.tokens.tokens_in, item.tokens.kept)]
         assert counts[0][0] == math.prod(shipped.models[item.model].visual_tokens.grid)
     else:
         counts = [(example.tokens_in, example.kept) for example in item.tokens.examples]
         assert len(counts) >= 3
-    for tokens_in, kept in counts:
-        assert kept == tokens_to_keep(keep, tokens_in)
+    for number, (tokens_in, kept) in enumerate(counts):
+        if step.method == "adaptinfer":
+            assert kept == tokens_in  # it drops them later
+        elif step.method == "fourier" and "side" in step.params:
+            assert kept == step.params["side"] ** 2
+        elif step.method == "fourier":
+            height, width = item.tokens.examples[number].image
+            assert kept == (2 * round(height / 28) // 3) * (2 * round(width / 28) // 3)
+        else:
+            assert kept == tokens_to_keep(step.keep, tokens_in)
+
+
+def test_a_preset_resamples_only_checkpoints_that_were_trained_for_it() -> None:
+    trained = {name for name, record in zoo.load_zoo().models.items() if "fourier" in record.trained_with}
+    assert {item.model for item in zoo.list_entries() if item.preset == "paper-fourier"} == trained
+    for name in trained:
+        (step,) = zoo.resolve(name, "paper-fourier").steps
+        assert (step.method, step.params["gain"]) == ("fourier", "ortho")
+    model = tiny_model("llava")
+    with pytest.raises(ConfigError, match=r"trained.*Fourier\(gain='preserve'\)"):
+        vlmeff.wrap(model, "paper-fourier")
+    assert not vlmeff.is_wrapped(model)
+    with pytest.warns(UserWarning, match="no entry"):
+        vlmeff.wrap(model, "paper-fourier", tokens="fourier")  # asked for by name
 
 
 def test_figures_of_the_paper_stand_only_under_paper() -> None:

@@ -162,24 +162,26 @@ class AdaptInfer:
 
     Args:
         schedule: the name of a published schedule (``SCHEDULES``), a ``Schedule``, the path of a file written by
-            ``vlmeff calibrate adaptinfer``, or None for the schedule published for the model. After construction it is
-            a ``Schedule`` or None.
+            ``vlmeff calibrate adaptinfer``, a mapping with a Schedule's fields, or None for the schedule published
+            for the model. After construction it is a ``Schedule`` or None.
 
     Source: arXiv 2508.06084. Differs from the official LLaVA code in leaving positions as they were (that numbers the
     tokens anew in each stage) and in accepting batches and several pictures: their union is pruned, and the text after
     the last one votes.
     """
 
-    schedule: Schedule | str | Path | None = None
+    schedule: Schedule | str | Path | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, Schedule | str | Path | None):
+        if not isinstance(self.schedule, Schedule | str | Path | Mapping | None):
             raise ConfigError(
                 f"AdaptInfer: schedule={self.schedule!r} must be a Schedule, the name of a published one "
                 f"({', '.join(SCHEDULES)}), the path of a schedule file, or None."
             )
         if isinstance(self.schedule, str | Path):
             object.__setattr__(self, "schedule", find_schedule(self.schedule))
+        elif isinstance(self.schedule, Mapping):
+            object.__setattr__(self, "schedule", _schedule_of(self.schedule))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -225,6 +227,14 @@ class AdaptInfer:
                 f"AdaptInfer after {type(other).__name__}: the schedule counts tokens of a whole picture. Use one with "
                 "ratios: a qwen2-vl-2b-... schedule, a calibrated file, or Schedule(layers=..., ratios=...)."
             )
+
+
+def _schedule_of(fields: Mapping[str, Any]) -> Schedule:
+    try:
+        return Schedule(**fields)
+    except TypeError as error:
+        legal = ", ".join(field.name for field in dataclasses.fields(Schedule))
+        raise ConfigError(f"AdaptInfer: schedule={dict(fields)!r} must have the fields {legal} ({error}).") from error
 
 
 def choose(score: Tensor, k: int) -> Tensor:

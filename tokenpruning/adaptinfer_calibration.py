@@ -62,8 +62,20 @@ def calibrate(maps: Sequence[Tensor], *, target: float, first_layer: int = 1, na
     for number, sample in enumerate(maps):
         if sample.ndim != 2 or len(sample) != n or not bool(sample.isfinite().all()) or bool((sample < 0).any()):
             raise DataError(f"calibrate: sample {number} must be [{n}, visual tokens], finite and not negative.")
+    _check_target(target)
     mean_shift = torch.stack([shifts(sample) for sample in maps]).mean(0)
-    layers = change_points(mean_shift, first_layer=max(1, first_layer))
+    earliest = max(1, first_layer)
+    # The layers up to the first pruning layer process everything: behind this one the target is out of reach.
+    latest = math.floor((target * n - 1 - (n - 1) * MIN_RATIO) / (1 - MIN_RATIO) + 1e-9)
+    if latest < earliest:
+        low = (earliest + 1 + (n - 1 - earliest) * MIN_RATIO) / n
+        raise ConfigError(
+            f"calibrate: target={target} cannot be met: {n} layers, the first {earliest + 1} of which process all "
+            f"visual tokens, need a target of {low:.3f} or more."
+        )
+    # A model of few layers gets fewer stages.
+    room = 1 + (n - 2 - earliest) // max(1, n // 8)
+    layers = change_points(mean_shift, first_layer=earliest, latest_first=latest, count=max(1, min(STAGES, room)))
     ratios, retained = stage_ratios(maps, layers, target=target)
     schedule = Schedule(layers=layers, ratios=ratios, origin="calibrated", name=name)
     return Calibration(
@@ -87,30 +99,34 @@ def shifts(sample: Tensor) -> Tensor:
     return torch.cat([shift.new_zeros(1), shift.clamp(min=0)])
 
 
-def change_points(shift: Tensor, *, first_layer: int = 1, count: int = STAGES) -> tuple[int, ...]:
-    """The ``count`` layers with the greatest sum of shifts that lie n // 8 (at least 1) apart; at a tie the lowest.
+def change_points(
+    shift: Tensor, *, first_layer: int = 1, latest_first: int | None = None, count: int = STAGES
+) -> tuple[int, ...]:
+    """The ``count`` layers with the greatest sum of shifts that lie n // 8 (at least 1) apart.
 
     Args:
         shift: [n]; the last layer is never chosen, tokens dropped behind it would save nothing.
+        first_layer: the earliest legal layer.  latest_first: the latest that the first of them may be.
     """
     n = len(shift)
     gap, legal = max(1, n // 8), range(first_layer, n - 1)
-    if len(legal) < gap * (count - 1) + 1:
-        raise ConfigError(
-            f"calibrate: {n} layers, of which {len(legal)} can be pruned after, leave no room for {count} pruning "
-            f"layers {gap} apart."
-        )
     # best[c][l]: greatest sum of c layers up to and with l, and the choice.
     values = shift.tolist()
-    best = {layer: (values[layer], (layer,)) for layer in legal}
+    first = [layer for layer in legal if latest_first is None or layer <= latest_first]
+    best: dict[int, tuple[float, tuple[int, ...]]] = {layer: (values[layer], (layer,)) for layer in first}
     for _ in range(count - 1):
-        longer = {}
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
         for layer in legal:
             before = [best[b] for b in legal if b <= layer - gap and b in best]
             if before:
                 value, chosen = max(before, key=lambda entry: entry[0])
                 longer[layer] = (value + values[layer], (*chosen, layer))
         best = longer
+    if not best:
+        raise ConfigError(
+            f"calibrate: {n} layers, of which {len(legal)} can be pruned after, leave no room for {count} pruning "
+            f"layers {gap} apart."
+        )
     return max(best.values(), key=lambda entry: entry[0])[1]
 
 
@@ -118,7 +134,7 @@ def processed_share(layers: Sequence[int], ratios: Sequence[float], n: int) -> f
     """Share of the visual tokens that is processed, averaged over ``n`` layers."""
     bounds = [*layers, n - 1]
     total, share = layers[0] + 1.0, 1.0
-    for ratio, start, end in zip(ratios, bounds, bounds[1:], strict=False):
+    for ratio, (start, end) in zip(ratios, itertools.pairwise(bounds), strict=True):
         share *= ratio
         total += (end - start) * share
     return total / n
@@ -133,8 +149,6 @@ def stage_ratios(maps: Sequence[Tensor], layers: Sequence[int], *, target: float
     Returns:
         the ratios, and the share of attention behind the first pruning layer that goes to tokens still there.
     """
-    if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1:
-        raise ConfigError(f"calibrate: target={target!r} must be a share in (0, 1) of the visual tokens.")
     n, stages = len(maps[0]), len(layers)
     grid = [round(MIN_RATIO + STEP * i, 2) for i in range(round((1 - MIN_RATIO) / STEP) + 1)]
     candidates = []
@@ -143,10 +157,10 @@ def stage_ratios(maps: Sequence[Tensor], layers: Sequence[int], *, target: float
         if last is not None:
             candidates.append((*head, last))
     if not candidates:
-        low, high = processed_share(layers, [MIN_RATIO] * stages, n), processed_share(layers, [1.0] * stages, n)
+        low = processed_share(layers, [MIN_RATIO] * stages, n)
         raise ConfigError(
             f"calibrate: target={target} cannot be met: pruning after layers {', '.join(map(str, layers))} of {n} "
-            f"processes between {low:.3f} and {high:.3f} of the visual tokens."
+            f"processes at least {low:.3f} of the visual tokens."
         )
     kept = dict.fromkeys(candidates, 0.0)
     everything = 0.0
@@ -161,12 +175,16 @@ def stage_ratios(maps: Sequence[Tensor], layers: Sequence[int], *, target: float
 
 
 def _last_ratio(layers: Sequence[int], head: Sequence[float], n: int, target: float) -> float | None:
-    """The last ratio, rounded down to 1 %, with which the target is met; None if none in [MIN_RATIO, 1] does."""
+    """The greatest last ratio up to 1, rounded down to 1 %, that meets the target; None if it is below MIN_RATIO."""
     without = processed_share(layers, [*head, 0.0], n)
     slope = processed_share(layers, [*head, 1.0], n) - without
-    exact = (target - without) / slope
-    last = math.floor(100 * exact + 1e-6) / 100
-    return last if MIN_RATIO <= last <= 1 else None
+    last = min(1.0, math.floor(100 * (target - without) / slope + 1e-6) / 100)
+    return last if last >= MIN_RATIO else None
+
+
+def _check_target(target: object) -> None:
+    if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1:
+        raise ConfigError(f"calibrate: target={target!r} must be a share in (0, 1) of the visual tokens.")
 
 
 class _Retained:
@@ -177,7 +195,7 @@ class _Retained:
         bounds = [*layers, len(sample) - 1]
         self._orders = [torch.argsort(sample[layer], descending=True, stable=True) for layer in layers]
         # What each token receives in the layers of each stage.
-        self._gains = [sample[a + 1 : b + 1].sum(0) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self._gains = [sample[a + 1 : b + 1].sum(0) for a, b in itertools.pairwise(bounds)]
         self._memory: dict[tuple[int, ...], tuple[Tensor, float]] = {}
         self.total = float(torch.stack(self._gains).sum())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from vlmeff import zoo
-from vlmeff.config import check_methods
-from vlmeff.errors import ConfigError, UnsupportedModelError
+from vlmeff.config import TokensArgument, check_methods
+from vlmeff.drawing import Overlay, draw_call
+from vlmeff.errors import UnsupportedModelError
 from vlmeff.loading import load
 from vlmeff.reporting import Report, measure, report
-from vlmeff.vlm.overlay import draw_overlay, picture_seen
+from vlmeff.vlm.wrapped import STATE
 from vlmeff.wrapping import unwrap, wrap
 
 
@@ -33,7 +35,7 @@ class Answers:
 
     question: str
     runs: list[Run]
-    picture: Image.Image
+    draw: Callable[[], list[Overlay]]
 
     @property
     def speedup(self) -> dict[str, float]:
@@ -48,16 +50,13 @@ class Answers:
             out["total"] = base.total_ms / run.total_ms
         return out
 
-    def overlay(self) -> Image.Image:
-        """The picture with the kept tokens of the wrapped run."""
-        plan = self.runs[-1].report.plan
-        if plan is None:
-            raise ConfigError("overlay: the run had no token step, so there is nothing to draw.")
-        item = plan.items[0]
-        selection = None if item.selections is None else item.selections[0]
-        if selection is None:
-            raise ConfigError("overlay: resampled tokens cannot be drawn yet.")
-        return draw_overlay(self.picture, item.layout.grids[0], selection.index, selection.kind)
+    def overlay(self) -> Overlay:
+        """What became of the picture's tokens in the wrapped run.
+
+        Raises:
+            UnsupportedModelError: the picture cannot be recovered from the model's inputs.
+        """
+        return self.draw()[0]
 
     def to_dict(self) -> dict[str, Any]:
         runs = [{"label": r.label, "answer": r.answer, "report": r.report.to_dict()} for r in self.runs]
@@ -70,7 +69,7 @@ def ask_picture(
     *,
     model: str,
     preset: str,
-    tokens: str | None = None,
+    tokens: TokensArgument | None = None,
     overrides: dict[str, Any] | None = None,
     compare: bool = True,
     max_new_tokens: int = 64,
@@ -109,14 +108,15 @@ def ask_picture(
             text = answer()
         runs.append(Run("unwrapped", text, measured.report))
         wrap(vlm, preset, tokens=tokens, **(overrides or {}))
-    label = preset if tokens is None else tokens
+    label = preset if tokens is None else vlm.__dict__[STATE].plan.method_name
     for _ in range(warmup):
         progress(f"warming up {label}")
         answer()
     progress(f"asking with {label}")
     text = answer()
     runs.append(Run(label, text, report(vlm)))
-    return Answers(question, runs, picture_seen(picture, processor, inputs["pixel_values"][0]))
+    draw = functools.partial(draw_call, vlm, report(vlm), inputs, processor, one_picture=True)
+    return Answers(question, runs, draw)
 
 
 def prepare(processor: Any, picture: Image.Image, question: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``vlmeff ask | presets | zoo``."""
+"""The command line: ``vlmeff ask | presets | calibrate | zoo``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from vlmeff.errors import ConfigError, VlmeffError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Vision-language models that cost less to run.")
 zoo_app = typer.Typer(no_args_is_help=True, help="The model zoo: verified models and presets.")
 app.add_typer(zoo_app, name="zoo")
+calibrate_app = typer.Typer(no_args_is_help=True, help="Derive a method's settings for a model from samples.")
+app.add_typer(calibrate_app, name="calibrate")
 
 out = Console()
 err = Console(stderr=True)
@@ -69,7 +71,10 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "tiny-llava",
     preset: Annotated[str, typer.Option(help="A preset of the zoo (vlmeff presets).")] = "fast",
-    tokens: Annotated[str | None, typer.Option(help="Another token method: hiprune, random, downsample.")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Another token method, such as divprune; two joined by + (hiprune+adaptinfer)."),
+    ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Share of visual tokens kept (at most 1), or tokens per image (from 2 on).")
     ] = None,
@@ -96,6 +101,7 @@ def ask(
             raise ConfigError(f"--save-overlay {str(save_overlay)!r} must be a file name that ends in .png.")
     picture = open_picture(image)
     overrides: dict[str, Any] = {}
+    named = None if tokens is None else _token_methods(tokens)
     if keep is not None:
         overrides["keep"] = int(keep) if keep > 1 and keep == int(keep) else keep
     with err.status("starting") as status:
@@ -109,7 +115,7 @@ def ask(
             question,
             model=model,
             preset=preset,
-            tokens=tokens,
+            tokens=named,
             overrides=overrides,
             compare=compare,
             max_new_tokens=max_new_tokens,
@@ -128,6 +134,16 @@ def ask(
         print(json.dumps(answers.to_dict()))
         return
     _show(answers)
+
+
+def _token_methods(text: str) -> list[str]:
+    """Names joined by +, which is also part of a name: hiprune++."""
+    from tokenpruning import methods
+
+    if text in methods.names():
+        return [text]
+    inner = text.rpartition("+")
+    return [text] if not inner[1] or inner[0] not in methods.names() else [inner[0], inner[2]]
 
 
 def _show(answers: Any) -> None:
@@ -169,6 +185,50 @@ def presets(
         tokens = "" if row.tokens_in is None else f"{row.tokens_in} -> {row.tokens_kept}"
         table.add_row(row.preset, row.status or "", tokens, row.steps, row.summary)
     out.print(table)
+
+
+@calibrate_app.command("adaptinfer")
+def calibrate_adaptinfer(
+    out_file: Annotated[Path, typer.Option("--out", help="The schedule file to write (.json).")],
+    samples: Annotated[
+        str, typer.Option(help="A folder of pictures, a .jsonl file of image and question, or scenes (generated).")
+    ],
+    model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "tiny-llava",
+    question: Annotated[str, typer.Option(help="What is asked about the pictures of a folder.")] = (
+        "Describe the picture in detail."
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="Most samples to take; the paper used about 1000.")] = 200,
+    target: Annotated[float, typer.Option(help="Mean share of the visual tokens processed, over the layers.")] = 0.3,
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Find the layers at which a model's look at the picture shifts, and how much to keep behind each."""
+    from rich.progress import Progress
+
+    from vlmeff.calibrating import calibrate_schedule
+
+    with Progress(console=err) as bar:
+        task = bar.add_task(f"measuring {model}", total=limit)
+        calibration = calibrate_schedule(
+            model,
+            samples,
+            out_file,
+            question=question,
+            limit=limit,
+            target=target,
+            device=device,
+            dtype=dtype,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+    schedule = calibration.schedule
+    table = Table(title=f"{calibration.samples} samples", title_justify="left", show_edge=False)
+    for column in ("after layer", "share of current tokens kept"):
+        table.add_column(column)
+    for layer, ratio in zip(schedule.layers, schedule.ratios, strict=True):
+        table.add_row(str(layer), f"{ratio:.3f}")
+    out.print(table)
+    out.print(f"processed on average over layers: {calibration.processed:.1%} of the visual tokens")
+    out.print(f"written to {out_file}; use it with vlmeff.AdaptInfer(schedule={str(out_file)!r})", soft_wrap=True)
 
 
 @zoo_app.command("list")

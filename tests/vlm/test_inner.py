@@ -25,8 +25,9 @@ from vlmeff.errors import (
     UnsupportedInputError,
     UnsupportedModelError,
 )
-from vlmeff.vlm.inner import INNER_RECORD, InnerPruning, visual_rows
+from vlmeff.vlm.inner import INNER_RECORD, InnerPruning
 from vlmeff.vlm.inner_request import check_model, prepare
+from vlmeff.vlm.voters import visual_rows
 
 LAYERS = 5
 MODELS = ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -66,10 +67,8 @@ def text_model(model):
 
 def batch(model, rows=1, *, padded=True):
     """``rows`` prompts with one picture each, of one size, the first shortest; Qwen's differ in layout too."""
-    if "qwen" in model.config.model_type:
-        inputs = qwen_inputs(model, [[(8, 12)]] * rows)
-    else:
-        inputs = prompts(model, [1] * rows)
+    qwen = "qwen" in model.config.model_type
+    inputs = qwen_inputs(model, [[(8, 12)]] * rows) if qwen else prompts(model, [1] * rows)
     if not padded:
         del inputs["attention_mask"]
     return inputs
@@ -204,6 +203,19 @@ def test_a_left_padded_batch_equals_the_oracle(name, attention):
     assert bool((inputs["attention_mask"] == 0).any())
     out, record = generate(model, inputs, RATIOS)
     assert_equal_to_oracle(name, inputs, RATIOS, out, record)
+
+
+@torch.no_grad()
+def test_padding_that_generate_infers_counts_as_padding():
+    model = deep("llava")
+    inputs = batch(model, 3)
+    bare = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    run = prepare(model, text_model(model), RATIOS, bare, visual=placeholders(inputs), generating=True)
+    assert torch.equal(run.rows.valid, inputs["attention_mask"].bool())
+    assert torch.equal(generate(model, bare, RATIOS)[0].sequences, generate(model, inputs, RATIOS)[0].sequences)
+    bare["pad_token_id"] = 2  # no token of the prompt: generate masks nothing
+    run = prepare(model, text_model(model), RATIOS, bare, visual=placeholders(inputs), generating=True)
+    assert bool(run.rows.valid.all())
 
 
 @every_attention

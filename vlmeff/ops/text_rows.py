@@ -5,6 +5,8 @@ Shape letters: B batch, Hq query heads, Hkv key heads, T text rows, nv visual to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,7 +103,7 @@ def _reference(
     votes = torch.ones_like(text, dtype=torch.bool) if text_valid is None else text_valid
     if key_valid is not None:
         votes = votes & key_valid.gather(1, text)
-    among_text = {
+    among_text: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "causal": True, "q_pos": text, "k_pos": text, "key_valid": votes,
     }  # fmt: skip
     seen = None if key_valid is None else key_valid.gather(1, vision)

@@ -22,70 +22,10 @@ from torch import Tensor, nn
 
 from tokenpruning.adaptinfer import Schedule, choose
 from vlmeff import ops
-from vlmeff.errors import ConfigError, IncompatibleError, NonFiniteScoreError, UnsupportedInputError
+from vlmeff.errors import IncompatibleError, NonFiniteScoreError
+from vlmeff.vlm.voters import VisualRows, columns_of, query_key, rows_at
 
 INNER_RECORD = "_vlmeff_inner"  # attribute of a cache whose deeper layers hold fewer keys than its first
-
-
-@dataclass(frozen=True, eq=False)
-class VisualRows:
-    """Where the visual tokens and the voters of a prompt stand.
-
-    ``width`` L; ``vision`` [B, nv] and ``text`` [B, T] columns, ascending; ``text_valid`` [B, T] false where a row has
-    fewer voters; ``valid`` [B, L] false in the padding.
-    """
-
-    width: int
-    vision: Tensor
-    text: Tensor
-    text_valid: Tensor
-    valid: Tensor
-
-    def repeated(self, rows: int) -> VisualRows:
-        """For the ``rows`` that generate makes of a prompt's (beams, returned sequences)."""
-        n = rows // len(self.vision)
-        if n == 1:
-            return self
-        tensors = (self.vision, self.text, self.text_valid, self.valid)
-        return VisualRows(self.width, *(x.repeat_interleave(n, 0) for x in tensors))
-
-
-def visual_rows(visual: Tensor, valid: Tensor | None = None) -> VisualRows | None:
-    """Find the visual tokens and the text behind the last of them, which votes; None when there are none.
-
-    Args:
-        visual: [B, L] bool, the placeholders of the prompt as the language model gets it.
-        valid: [B, L] bool or int, false for padding; None: no padding.
-    Raises:
-        UnsupportedInputError: the rows have different numbers of visual tokens.
-        ConfigError: a row has no text behind its last picture.
-    """
-    valid = torch.ones_like(visual) if valid is None else valid.to(visual.device).bool()
-    visual = visual & valid
-    counts = visual.sum(1).tolist()
-    if not any(counts):
-        return None
-    if len(set(counts)) > 1:
-        raise UnsupportedInputError(
-            f"AdaptInfer: the rows of the batch have {', '.join(map(str, counts))} visual tokens, and it needs equally "
-            "many in each: make pictures of one size and number per row, or call the model row by row."
-        )
-    behind = visual.flip(1).cumsum(1).flip(1) == 0
-    voters = behind & valid
-    votes = voters.sum(1).tolist()
-    if not all(votes):
-        raise ConfigError(
-            f"AdaptInfer: row {votes.index(0)} of input_ids has no text after its last picture, and that text chooses "
-            "the tokens: put the question behind the picture (chat templates do)."
-        )
-    text, text_valid = _columns_of(voters, max(votes))
-    return VisualRows(visual.shape[1], _columns_of(visual, counts[0])[0], text, text_valid, valid)
-
-
-def _columns_of(flags: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """[B, L] bool -> the first n columns that are set [B, n], ascending, and which of them are real."""
-    columns = torch.argsort((~flags).byte(), dim=1, stable=True)[:, :n]
-    return columns, flags.gather(1, columns)
 
 
 @dataclass(eq=False)
@@ -93,13 +33,15 @@ class InnerRecord:
     """What was dropped where. Kept with the cache, whose deeper layers hold only these columns of the prompt.
 
     ``width`` L; per layer ``columns`` [B, n] of the prompt that it holds (None: all) and ``processed`` (columns, of
-    them visual), as measured in the prefill; per pruning layer ``kept`` [B, k], the visual columns that stayed.
+    them visual), as measured in the prefill; ``vision`` [B, nv] the visual columns at the start, ascending; per pruning
+    layer ``kept`` [B, k], the visual columns that stayed.
     """
 
     width: int
     columns: list[Tensor | None]
     processed: list[tuple[int, int]]
     layers: tuple[int, ...]
+    vision: Tensor
     kept: list[Tensor] = field(default_factory=list)
 
     @property
@@ -136,7 +78,7 @@ class _Stage:
         vision = self.vision.gather(1, choice)
         stays.scatter_(1, vision, True)
         n = stays.shape[1] - self.vision.shape[1] + choice.shape[1]
-        index = _columns_of(stays, n)[0]
+        index = columns_of(stays, n)[0]
         place = stays.cumsum(1) - 1
         columns = index if self.columns is None else self.columns.gather(1, index)
         return _Stage(columns, place.gather(1, vision), place.gather(1, self.text), self.valid.gather(1, index)), index
@@ -214,6 +156,7 @@ class InnerPruning(AbstractContextManager["InnerPruning"]):
                     self._checked = True
         elif self.rows is not None and width == self.rows.width:
             self._mode, self._cuts = "prefill", {}
+            assert embeds is not None
             self._start(self.rows.repeated(batch), embeds.device)
         elif self.rows is not None and cache is None and self.record is not None and width > self.rows.width:
             self._mode = "replay"
@@ -226,7 +169,7 @@ class InnerPruning(AbstractContextManager["InnerPruning"]):
         on = [x.to(device) for x in (rows.vision, rows.text, rows.valid, rows.text_valid)]
         self._stage, self._text_valid = _Stage(None, *on[:3]), on[3]
         self._counts = dict(zip(self.schedule.layers, self.schedule.counts(rows.vision.shape[1]), strict=True))
-        self.record = InnerRecord(rows.width, [], [], self.schedule.layers)
+        self.record = InnerRecord(rows.width, [], [], self.schedule.layers, rows.vision)
 
     def before_layer(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self._owner or self._mode == "untouched":
@@ -326,7 +269,7 @@ class InnerPruning(AbstractContextManager["InnerPruning"]):
         cached = self._arguments.get(key)
         if cached is None or cached["of"] is not mask or cached["device"] != device:
             columns = columns.to(device)
-            cos, sin = (_rows(x, columns) for x in kwargs["position_embeddings"])
+            cos, sin = (rows_at(x, columns) for x in kwargs["position_embeddings"])
             changed: dict[str, Any] = {"position_embeddings": (cos, sin)}
             if kwargs.get("position_ids") is not None:
                 # Without gaps, or FlashAttention takes a gap for the border between two packed sequences.
@@ -357,39 +300,6 @@ class _LayerHook:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         return None if kwargs is None else self._run.before_layer(self._number, args, kwargs)
-
-
-def query_key(
-    layer: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], *, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The queries of some rows and all keys of a decoder layer, from its input.
-
-    Args:
-        hidden: [B, n, C].  position_embeddings: cos and sin, [1 or B, n, D].  rows: [B, T] columns.
-    Returns:
-        q [B, Hq, T, D] and k [B, Hkv, n, D], rotary embedding applied.
-    """
-    attention = layer.self_attn
-    device = attention.q_proj.weight.device  # hooks run before accelerate moves a layer's inputs to its device
-    rows = rows.to(device)
-    cos, sin = (x.to(device).expand(len(hidden), -1, -1) for x in position_embeddings)
-    x = layer.input_layernorm(hidden.to(device))
-
-    def heads(projected: Tensor, norm: str, cos: Tensor, sin: Tensor) -> Tensor:
-        split = projected.view(*projected.shape[:-1], -1, attention.head_dim)
-        split = getattr(attention, norm)(split) if hasattr(attention, norm) else split
-        split = split.transpose(1, 2)
-        first, second = split.chunk(2, -1)
-        return split * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
-
-    k = heads(attention.k_proj(x), "k_norm", cos, sin)
-    q = heads(attention.q_proj(ops.gather_tokens(x, rows)), "q_norm", _rows(cos, rows), _rows(sin, rows))
-    return q, k
-
-
-def _rows(x: Tensor, columns: Tensor) -> Tensor:
-    """[1 or B, n, D] -> [B, n', D]."""
-    return ops.gather_tokens(x.expand(len(columns), -1, -1), columns)
 
 
 def _with_new(columns: Tensor, start: int, end: int) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from vlmeff.config import Plan
 from vlmeff.errors import UnsupportedInputError
 from vlmeff.reporting import Meter, Report, columns, placeholders, text_flops, visual_tokens
-from vlmeff.vlm.families import Family
+from vlmeff.vlm.families import Family, family_of
 from vlmeff.vlm.families.base import present
 from vlmeff.vlm.inner import INNER_RECORD, InnerPruning
 from vlmeff.vlm.inner_request import prepare
@@ -279,13 +279,14 @@ def _inner(
     """The hooks inside the language model for one call; None when it needs none."""
     method = state.plan.inner
     cache = kwargs.get("past_key_values")
-    if state.family is None or (method is None and not hasattr(cache, INNER_RECORD)):
+    if method is None and not hasattr(cache, INNER_RECORD):
         return None
+    family = state.family or family_of(model)  # a pruned cache is gone on from whatever the plan has become since
     skipped = isinstance(request, Untouched) and request.skipped
     schedule = None if method is None or skipped else method.schedule
     ids = kwargs.get("input_ids")
     visual = None if ids is None else placeholders(model, ids)
-    return prepare(model, state.family.text_model(model), schedule, kwargs, visual=visual, generating=generating)
+    return prepare(model, family.text_model(model), schedule, kwargs, visual=visual, generating=generating)
 
 
 def _device(model: Any, named: dict[str, Any]) -> torch.device:

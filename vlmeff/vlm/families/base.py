@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenpruning import Layout, Resampler
 from tokenpruning.layout import Grid
@@ -45,9 +47,10 @@ class Encoded:
         def like(container: Any, features: Sequence[Tensor]) -> Any:
             if not isinstance(container, Tensor):
                 return list(features)
-            if container.ndim == 3 and len({len(f) for f in features}) == 1:
+            if len({len(f) for f in features}) == 1:
                 return torch.stack(list(features))
-            return torch.cat(list(features))[None] if container.ndim == 3 else torch.cat(list(features))
+            # Pictures of unequal length as so many pictures of one token: beams are then dealt out rightly too.
+            return torch.cat(list(features))[:, None]
 
         fields: dict[str, Any] = {"pooler_output": like(self.output.pooler_output, items)}
         if deep:
@@ -55,7 +58,10 @@ class Encoded:
                 like(container, features)
                 for container, features in zip(self.output.deepstack_features, deep, strict=True)
             ]
-        return type(self.output)(**fields)
+        kind = type(self.output)
+        if any(f.default is MISSING and f.default_factory is MISSING for f in dataclass_fields(kind)):
+            kind = BaseModelOutputWithPooling  # timm's output class insists on more than the tokens that are used
+        return kind(**fields)
 
 
 class Family(ABC):

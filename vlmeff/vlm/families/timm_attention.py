@@ -35,8 +35,8 @@ def timm_attention_layers(tower: Any) -> list[nn.Module]:
     layers = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
     if not layers or not all(isinstance(layer, nn.Module) and is_timm_attention(layer) for layer in layers):
         raise UnsupportedModelError(
-            f"the vision tower {type(model).__name__} has no blocks[i].attn of timm's classes {', '.join(KNOWN)}, so its "
-            "tokens have no attention scores; use a method without them: tokens='downsample'."
+            f"the vision tower {type(model).__name__} has no blocks[i].attn of timm's classes {', '.join(KNOWN)}, so "
+            "its tokens have no attention scores; use a method without them: tokens='downsample'."
         )
     return layers  # type: ignore[return-value]
 
