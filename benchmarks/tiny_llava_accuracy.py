@@ -23,6 +23,7 @@ import transformers
 from rich.progress import Progress
 
 import vlmeff
+from tokenpruning import methods
 from vlmeff.evaluation.questions import (
     Item,
     ask_items,
@@ -37,6 +38,11 @@ from vlmeff.vlm.wrapped import STATE
 
 PRESETS = ("quality", "balanced", "fast", "smallest")
 RANDOM_SEEDS = {"fast": (0, 1, 2)}  # one seed for the other presets
+# Other methods at the budgets of two presets: 108 and 36 of 324 tokens (Fourier: the nearest square).
+METHODS: dict[str, tuple[Any, ...]] = {
+    "fast": ("hiprune++", "text", "divprune", "scope", "visionzip", vlmeff.Fourier(side=10)),
+    "smallest": ("hiprune++", "divprune", "scope", "visionzip", vlmeff.Fourier(side=6)),
+}
 
 
 def share(items: list[Item], answers: list[str], kind: str) -> float:
@@ -100,6 +106,11 @@ def settings() -> list[tuple[str, dict[str, Any]]]:
         for seed in RANDOM_SEEDS.get(preset, (0,)):
             out.append((f"{preset}, random {seed}", {"preset": preset, "tokens": "random", "seed": seed}))
         out.append((f"{preset}, downsample", {"preset": preset, "tokens": "downsample"}))
+        for method in METHODS.get(preset, ()):
+            name = method if isinstance(method, str) else methods.name_of(method)
+            out.append((f"{preset}, {name}", {"preset": preset, "tokens": method}))
+    out.append(("adaptinfer", {"preset": None, "tokens": "adaptinfer"}))
+    out += [(f"{preset}, repack", {"preset": preset, "positions": "repack"}) for preset in PRESETS]
     return out
 
 
@@ -107,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="tiny-llava")
-    parser.add_argument("--limit", type=int, default=1000, help="open questions of every setting but the unwrapped one")
+    parser.add_argument("--limit", type=int, default=300, help="open questions of every setting but the unwrapped one")
     parser.add_argument("--scenes", type=int, default=200, help="mosaics")
     args = parser.parse_args()
 
@@ -141,9 +152,17 @@ def main() -> None:
         if arguments:
             plan = vlmeff.report(model).plan
             tokens = {"in": plan.items[0].n_before, "kept": plan.items[0].n_after} if plan else None
-            method = " + ".join(map(str, model.__dict__[STATE].plan.methods))
+            state = model.__dict__[STATE].plan
+            processed = vlmeff.report(model).visual_tokens_processed
+            if tokens and processed is not None:  # of the last batch: equal pictures
+                tokens["processed"] = round(processed / vlmeff.report(model).rows, 1)
             vlmeff.unwrap(model)
-            results[label] = {"method": method, "tokens": tokens, **scores}
+            results[label] = {
+                "method": " + ".join(map(str, state.methods)),
+                "positions": state.reduction.positions or "repack",
+                "tokens": tokens,
+                **scores,
+            }
         else:
             results[label] = scores
         args.out.parent.mkdir(parents=True, exist_ok=True)

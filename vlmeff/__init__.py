@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TextTopK,
         VisionZip,
     )
+    from vlmeff.drawing import Overlay, overlays
     from vlmeff.errors import VlmeffError
     from vlmeff.loading import load
     from vlmeff.planning import Forecast, plan
@@ -44,6 +45,7 @@ _HOMES = {
     "HiPrune": "tokenpruning",
     "HiPrunePlus": "tokenpruning",
     "OpenClipText": "vlmeff.vlm.relevance",
+    "Overlay": "vlmeff.drawing",
     "PerFrame": "tokenpruning",
     "Random": "tokenpruning",
     "Report": "vlmeff.reporting",
@@ -55,6 +57,7 @@ _HOMES = {
     "VlmeffError": "vlmeff.errors",
     "is_wrapped": "vlmeff.wrapping",
     "load": "vlmeff.loading",
+    "overlays": "vlmeff.drawing",
     "plan": "vlmeff.planning",
     "presets": "vlmeff.wrapping",
     "report": "vlmeff.reporting",
@@ -73,6 +76,7 @@ __all__ = [
     "HiPrune",
     "HiPrunePlus",
     "OpenClipText",
+    "Overlay",
     "PerFrame",
     "Random",
     "Report",
@@ -85,6 +89,7 @@ __all__ = [
     "__version__",
     "is_wrapped",
     "load",
+    "overlays",
     "plan",
     "presets",
     "report",

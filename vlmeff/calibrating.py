@@ -61,9 +61,7 @@ def _scenes(limit: int) -> Iterator[tuple[Any, str]]:
         yield Image.fromarray(scene.pixels()), rng.choice(scene.questions()).text
 
 
-def prepared(
-    processor: Any, pairs: Iterator[tuple[Any, str]], device: Any, dtype: Any
-) -> Iterator[dict[str, Any]]:
+def prepared(processor: Any, pairs: Iterator[tuple[Any, str]], device: Any, dtype: Any) -> Iterator[dict[str, Any]]:
     """The processor's outputs for each pair."""
     for picture, question in pairs:
         inputs = prepare(processor, picture, question).to(device)

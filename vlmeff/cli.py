@@ -79,7 +79,9 @@ def ask(
         float | None, typer.Option(help="Share of visual tokens kept (at most 1), or tokens per image (from 2 on).")
     ] = None,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Run the unwrapped model too.")] = True,
-    save_overlay: Annotated[Path | None, typer.Option(help="Write a PNG that shows the kept tokens.")] = None,
+    save_overlay: Annotated[
+        Path | None, typer.Option(help="Write the kept tokens as a picture (.png) or an animation (.gif, .webp).")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     warmup: Annotated[int, typer.Option(min=0, help="Unmeasured runs before each measured one.")] = 1,
     device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
@@ -97,8 +99,10 @@ def ask(
     if save_overlay is not None:
         if not save_overlay.parent.is_dir():
             raise ConfigError(f"--save-overlay: the folder {str(save_overlay.parent)!r} does not exist.")
-        if save_overlay.is_dir() or save_overlay.suffix.lower() != ".png":
-            raise ConfigError(f"--save-overlay {str(save_overlay)!r} must be a file name that ends in .png.")
+        if save_overlay.is_dir() or save_overlay.suffix.lower() not in (".png", ".gif", ".webp"):
+            raise ConfigError(
+                f"--save-overlay {str(save_overlay)!r} must be a file name that ends in .png, .gif or .webp."
+            )
     picture = open_picture(image)
     overrides: dict[str, Any] = {}
     named = None if tokens is None else _token_methods(tokens)
@@ -126,7 +130,7 @@ def ask(
         )
     if save_overlay is not None:
         try:
-            answers.overlay().save(save_overlay, format="PNG")
+            answers.overlay().save(save_overlay)
         except OSError as error:
             raise ConfigError(f"--save-overlay {str(save_overlay)!r} cannot be written: {error}") from error
         err.print(f"[dim]overlay written to {save_overlay}[/]", highlight=False)

@@ -14,13 +14,14 @@ from tokenpruning.layout import Newline
 from vlmeff import zoo
 from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from vlmeff.vlm.families import Family, family_of, is_vlm
+from vlmeff.vlm.families.base import Positions
 from vlmeff.vlm.inner_request import check_model
 from vlmeff.vlm.reduce import Reduction
 from vlmeff.zoo_schema import ModelRecord
 
 logger = logging.getLogger("vlmeff")
 
-OPTIONS = ("newline", "text_source", "min_visual_tokens")  # of ``wrap``, besides the fields of methods
+OPTIONS = ("newline", "positions", "text_source", "min_visual_tokens")  # of ``wrap``, besides the fields of methods
 TokensArgument = Method | str | Sequence[Method | str]
 
 
@@ -84,7 +85,10 @@ def make_plan(
                 f"vlmeff: preset {preset!r} {known} for {type(model).__name__}: measure what it costs on your data.",
                 stacklevel=3,
             )
-    chosen = _override(_named_methods(tokens, chosen, zoo.find_model(model)), overrides)
+    record = zoo.find_model(model)
+    if record is not None and record.positions is not None:
+        options.setdefault("positions", record.positions)
+    chosen = _override(_named_methods(tokens, chosen, record), overrides)
     before = [method for method in chosen if not isinstance(method, InnerPruner)]
     inside = [method for method in chosen if isinstance(method, InnerPruner)]
     if len(before) > 1 or len(inside) > 1:
@@ -104,6 +108,10 @@ def make_plan(
         )
     family = family_of(model)
     family.refuse_model(model)
+    if family.positions == "keep" and options.get("positions") == "repack":
+        raise ConfigError(
+            f"wrap: positions='repack' does not fit {family.model_type}, whose positions follow the grid."
+        )
     for method in before:
         if isinstance(method, Selector):  # raises on an illegal layer
             family.score_layers(model, method.needs, getattr(method, "object_layer", None))
@@ -186,6 +194,9 @@ def _check_options(options: dict[str, Any]) -> None:
     newline = options.get("newline", "drop")
     if newline not in get_args(Newline):
         raise ConfigError(f"wrap: newline={newline!r} must be one of {', '.join(map(repr, get_args(Newline)))}.")
+    positions = options.get("positions")
+    if positions is not None and positions not in get_args(Positions):
+        raise ConfigError(f"wrap: positions={positions!r} must be one of {', '.join(map(repr, get_args(Positions)))}.")
     threshold = options.get("min_visual_tokens", 0)
     if type(threshold) is not int or threshold < 0:
         raise ConfigError(f"wrap: min_visual_tokens={threshold!r} must be an int >= 0.")

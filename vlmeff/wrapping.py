@@ -37,9 +37,11 @@ def wrap(
         tokens: a token reduction method (``vlmeff.HiPrune(keep=0.5)``) or its name; replaces the preset's. A list
             joins one method before the language model with one inside it (``vlmeff.AdaptInfer``).
         kv, text_speculation, quant, draft: must be None in this version.
-        **overrides: fields of the token method, for example ``keep=0.5``; and ``newline`` ("drop", "keep", "rows":
-            which separators of tiled pictures stay), ``text_source`` (what scores tokens against the question),
-            ``min_visual_tokens`` (requests with fewer per row are left alone).
+        **overrides: fields of the token method, for example ``keep=0.5``; and
+            ``newline`` ("drop", "keep", "rows"): which separators of tiled pictures stay;
+            ``positions`` ("repack", "keep"): how the survivors of one-dimensional positions are numbered;
+            ``text_source``: what scores tokens against the question;
+            ``min_visual_tokens``: requests with fewer per row are left alone.
     Raises:
         UnsupportedModelError: nothing of what was asked for applies to this model.
         UnknownPresetError, UnknownNameError, ConfigError: an argument cannot work; the message names it.

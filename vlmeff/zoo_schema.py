@@ -199,7 +199,8 @@ class ModelRecord(_Record):
 
     ``family`` is the ``model_type`` of the transformers configuration. ``method_params`` holds, per method, parameters
     that depend on the model (HiPrune's object layer); they win over a preset's and lose to an entry's.
-    ``trained_with`` names methods that the checkpoint was trained with ("fourier").
+    ``trained_with`` names methods that the checkpoint was trained with ("fourier"). ``positions`` is how surviving
+    tokens are numbered where measurements favour another way than the family's.
     """
 
     name: SkipJsonSchema[str] = ""  # the key in ``models``, written by ``_named``
@@ -219,6 +220,7 @@ class ModelRecord(_Record):
     llm: Decoder | None = None
     method_params: dict[str, Params] = {}
     trained_with: Lines = ()
+    positions: Literal["repack", "keep"] | None = None
     notes: Lines = ()
 
     @model_validator(mode="after")

@@ -32,8 +32,8 @@ def probed(model, inputs, object_layer=None):
     layers = family.score_layers(model, ("object", "deep"), object_layer)
     with probe(layers, family.query_key) as recorded:
         family.encode(model, inputs, "image")
-    per_picture = {name: family.token_scores(model, inputs, "image", torch.cat(parts)) for name, parts in recorded.items()}
-    return {name: [torch.cat(segments) for segments in pictures] for name, pictures in per_picture.items()}
+    scores = {name: family.token_scores(model, inputs, "image", torch.cat(parts)) for name, parts in recorded.items()}
+    return {name: [torch.cat(segments) for segments in pictures] for name, pictures in scores.items()}
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from vlmeff.vlm.relevance import (
     resize_map,
 )
 
-BEST_PATCH, ABOVE_OTHER = 0.85, 0.9  # placeholder
+ABOVE_OTHER = 0.95  # measured: 1.0 of 1000 on tiny-clip's own grid
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)  # some language model's normalisation
 
 
@@ -260,11 +260,16 @@ def normalised(picture: Any, size: tuple[int, int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("grid", "size", "form"),
-    [((8, 8), (64, 64), "{}"), ((24, 24), (336, 336), "where is {}?"), ((7, 12), (196, 336), "{}")],
-    ids=["own grid", "LLaVA's grid", "not square"],
+    ("grid", "size", "form", "best_token"),
+    [
+        ((8, 8), (64, 64), "{}", 0.95),  # measured: 1.0
+        ((7, 12), (196, 336), "{}", 0.85),  # 0.97
+        # 0.72: the middle of a coarse patch of which the shape covers a fifth need not lie on the shape
+        ((24, 24), (336, 336), "where is {}?", 0.55),
+    ],
+    ids=["own grid", "not square", "LLaVA's grid"],
 )
-def test_the_named_shape_is_more_relevant_than_the_other(shapes, grid, size, form):
+def test_the_named_shape_is_more_relevant_than_the_other(shapes, grid, size, form, best_token):
     n, best, above = 60, 0, 0
     for number in range(n):
         picture, named, text = named_pair(random.Random(f"test-relevance-{number}"))
@@ -273,7 +278,7 @@ def test_the_named_shape_is_more_relevant_than_the_other(shapes, grid, size, for
         here, there = tokens_on(named.mask, grid), tokens_on(other.mask, grid)
         best += bool(here[int(scores.argmax())])
         above += bool(scores[here].mean() > scores[there].mean())
-    assert best / n >= BEST_PATCH
+    assert best / n >= best_token
     assert above / n >= ABOVE_OTHER
 
 

@@ -71,7 +71,9 @@ def calibrate_adaptinfer(
     return calibrate(maps, target=target, first_layer=first_legal_layer(model), name=name)
 
 
-def write_calibration(path: str | Path, model: Any, calibration: Calibration, about: Mapping[str, Any] | None = None) -> Path:
+def write_calibration(
+    path: str | Path, model: Any, calibration: Calibration, about: Mapping[str, Any] | None = None
+) -> Path:
     """Write the schedule file that ``AdaptInfer(schedule=path)`` reads, with how it came to be (and ``about``)."""
     import transformers
 

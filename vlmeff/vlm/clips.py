@@ -25,8 +25,9 @@ from torch import Tensor
 
 from vlmeff.errors import ConfigError, DataError
 
-REDUNDANCY_WEIGHT = 0.5  # the paper's lambda_r
-LENGTH_WEIGHT = 0.05  # its lambda_l
+# As in a public implementation; the paper's text was not at hand.
+REDUNDANCY_WEIGHT = 0.5  # lambda_r
+LENGTH_WEIGHT = 0.05  # lambda_l
 Size = tuple[int, int]  # (height, width)
 
 
@@ -210,7 +211,8 @@ def _groups_in_time(times: list[int], k: int) -> list[list[int]]:
     i, j = torch.arange(n + 1)[:, None], torch.arange(n + 1)[None]
     sse = squares[j] - squares[i] - (sums[j] - sums[i]) ** 2 / (j - i).clamp(min=1)
     sse = torch.where(j > i, sse, torch.inf)  # [from, to]; a group is never empty
-    cost, cuts = sse[0], []
+    cost = sse[0]
+    cuts: list[Tensor] = []
     for _ in range(k - 1):
         best = (cost[:, None] + sse).min(0)
         cost, cuts = best.values, [*cuts, best.indices]

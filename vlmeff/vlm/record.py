@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,18 @@ class PromptRecord:
     """Kept with the cache of a shortened prompt, so that a continuation is shortened alike.
 
     ``prompt_ids`` [B, L] as the caller gave them; ``short_ids``, ``short_mask`` [B, S] what the cache was filled with.
+    ``positions`` [B, S] of the short prompt where the model's own numbering would be another, None elsewhere;
+    ``numbered``: whether ``generate`` has to be told them too (it counts past padding by itself). They count from 0;
+    ``first_position`` is where the model's forward begins. Positions of several dimensions have ``rope_deltas``.
     """
 
     prompt_ids: Tensor
     short_ids: Tensor
     short_mask: Tensor
     rope_deltas: Tensor | None
+    positions: Tensor | None = None
+    numbered: bool = False
+    first_position: int = 0
 
     def repeated(self, cache: Any) -> PromptRecord:
         """For a cache with several rows for each row of the prompt (returned sequences, beams)."""
@@ -34,7 +40,8 @@ class PromptRecord:
             return self
         ids, short, mask, deltas = self.prompt_ids, self.short_ids, self.short_mask, self.rope_deltas
         ids, short, mask = (x.repeat_interleave(n, 0) for x in (ids, short, mask))
-        return PromptRecord(ids, short, mask, None if deltas is None else deltas.repeat_interleave(n, 0))
+        deltas, positions = (None if x is None else x.repeat_interleave(n, 0) for x in (deltas, self.positions))
+        return PromptRecord(ids, short, mask, deltas, positions, self.numbered, self.first_position)
 
 
 @dataclass(eq=False)
@@ -97,6 +104,15 @@ def continue_shortened(model: Any, record: PromptRecord, kwargs: dict[str, Any],
     elif mask is not None and mask.shape[1] != int(kwargs["past_key_values"].get_seq_length()) + input_ids.shape[1]:
         # A hand-written loop grows the mask of the whole prompt; the cache holds the short one.
         short["attention_mask"] = torch.cat([short_mask, mask[:, length:].to(short_mask)], 1)
+    positions = record.positions
+    if positions is not None and kwargs.get("position_ids") is None and (record.numbered or not generating):
+        # Left alone, the model would count the columns of the short prompt, as when the cache was filled it did not.
+        whole = short.get("attention_mask")
+        total = ids.shape[1] if generating else int(kwargs["past_key_values"].get_seq_length()) + input_ids.shape[1]
+        behind = short_mask.new_ones(rows, total - positions.shape[1])
+        behind = behind if whole is None else whole[:, positions.shape[1] :].to(behind)
+        positions = torch.cat([positions, positions[:, -1:] + behind.cumsum(1)], 1)
+        short["position_ids"] = positions if generating else positions[:, -input_ids.shape[1] :] + record.first_position
     if record.rope_deltas is not None:
         model.base_model.rope_deltas = record.rope_deltas  # another conversation may have run in between
         for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids"):
@@ -104,7 +120,11 @@ def continue_shortened(model: Any, record: PromptRecord, kwargs: dict[str, Any],
     return ShortRequest(
         kwargs=short,
         prompt_ids=input_ids,
-        record=PromptRecord(input_ids, ids, short_mask, record.rope_deltas) if generating else record,
+        record=(
+            replace(record, prompt_ids=input_ids, short_ids=ids, short_mask=short_mask, positions=positions)
+            if generating
+            else record
+        ),
         dropped=length - record.short_ids.shape[1],
         tokens_before=input_ids.numel() if mask is None else int(mask.sum()),
         tokens_after=int(short_mask.sum()) if generating else input_ids.numel(),

@@ -21,7 +21,7 @@ from tokenpruning.layout import Newline
 from tokenpruning.plan import PrunePlan
 from vlmeff.errors import IncompatibleError, UnsupportedInputError
 from vlmeff.vlm.choose import Reduced, everything, keeps_everything, resample, select
-from vlmeff.vlm.families.base import MODALITIES, Family, Modality, present
+from vlmeff.vlm.families.base import MODALITIES, Family, Modality, Positions, present
 from vlmeff.vlm.prompt import FILL, contiguous_positions, keep_mask, plan_shortening
 from vlmeff.vlm.record import PromptRecord, ShortRequest, continue_shortened, record_of
 from vlmeff.vlm.relevance import EmbeddingText, TextSource
@@ -35,11 +35,14 @@ class Reduction:
 
     ``newline``: which separators of tiled pictures stay ("drop", "keep", "rows": of rows with a survivor).
     ``text_source``: what scores tokens against the question, for methods that need it.
+    ``positions``: how the surviving tokens of models with one-dimensional positions are numbered: "repack" from 0
+    without gaps, "keep" as in the whole prompt; None takes the family's own.
     ``min_visual_tokens``: below this many visual tokens per row nothing is reduced.
     """
 
     method: Selector | Resampler | None = None
     newline: Newline = "drop"
+    positions: Positions | None = None
     text_source: TextSource = field(default_factory=EmbeddingText)
     min_visual_tokens: int = 0
 
@@ -111,7 +114,7 @@ def shorten_request(
         for modality in modalities
     }
     clock.mark("encoded")
-    return _shorten(model, family, kwargs, reduced, generating=generating)
+    return _shorten(model, family, kwargs, reduced, positions=reduction.positions, generating=generating)
 
 
 def _reduce(
@@ -167,8 +170,15 @@ def text_after(kwargs: dict[str, Any], family: Family, model: Any, token_id: int
 
 
 def _shorten(
-    model: Any, family: Family, kwargs: dict[str, Any], reduced: Mapping[Modality, Reduced], *, generating: bool
+    model: Any,
+    family: Family,
+    kwargs: dict[str, Any],
+    reduced: Mapping[Modality, Reduced],
+    *,
+    positions: Positions | None,
+    generating: bool,
 ) -> ShortRequest:
+    positions = positions or family.positions
     input_ids = kwargs["input_ids"]
     keep = torch.ones_like(input_ids, dtype=torch.bool)
     for modality, part in reduced.items():
@@ -195,7 +205,8 @@ def _shorten(
         short["attention_mask"] = short_mask
     short["mm_encoder_outputs"] = {modality: part.output for modality, part in reduced.items()}
 
-    rope_deltas = None
+    rope_deltas: Tensor | None = None
+    numbers: Tensor | None = None
     resampled = {modality: part.new_layouts for modality, part in reduced.items() if part.new_layouts is not None}
     given = kwargs.get("position_ids")
     if family.positions == "repack":
@@ -204,8 +215,15 @@ def _shorten(
                 f"position_ids cannot be given to {family.model_type} while its pictures are reduced: the shortened "
                 "prompt is numbered anew. Leave position_ids out."
             )
-        if not generating and shortening.padded:
-            short["position_ids"] = contiguous_positions(short_mask) + family.first_position
+        if positions == "keep" and not resampled:
+            _check_kept_positions(model, kwargs, generating=generating)
+            full = valid.long()
+            numbers = shortening.apply(contiguous_positions(full), FILL["position_ids"])
+            short["attention_mask"] = short_mask  # without it a jump would be taken for two packed sequences
+        elif shortening.padded:
+            numbers = contiguous_positions(short_mask)
+        if numbers is not None and (positions == "keep" or not generating):
+            short["position_ids"] = numbers if generating else numbers + family.first_position
     else:
         if resampled:
             if given is not None:
@@ -227,13 +245,29 @@ def _shorten(
     return ShortRequest(
         kwargs=short,
         prompt_ids=input_ids,
-        record=PromptRecord(input_ids, short["input_ids"], short_mask, rope_deltas),
+        record=PromptRecord(
+            input_ids, short["input_ids"], short_mask, rope_deltas, numbers, positions == "keep", family.first_position
+        ),
         dropped=input_ids.shape[1] - shortening.width,
         tokens_before=int(valid.sum()),
         tokens_after=int(short_mask.sum()),
         plan=PrunePlan(plans),
         keep=keep,
     )
+
+
+def _check_kept_positions(model: Any, kwargs: dict[str, Any], *, generating: bool) -> None:
+    """Gaps look like packed sequences to FlashAttention, and to any model that has neither a cache nor a mask."""
+    implementation = str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
+    if "flash" in implementation:
+        raise IncompatibleError(
+            f"positions='keep' leaves gaps, which attention {implementation!r} takes for borders of packed sequences: "
+            "use model.set_attn_implementation('sdpa') or positions='repack'."
+        )
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
+    if generating and use_cache is False:
+        raise IncompatibleError("positions='keep' needs generate's cache: use use_cache=True or positions='repack'.")
 
 
 def _multi_positions(model: Any, family: Family, kwargs: dict[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class Question:
 
 @runtime_checkable
 class TextSource(Protocol):
-    """Scores visual tokens against the question."""
+    """Scores visual tokens against the question. One that calls ``tower_features`` says so: ``uses_tower = True``."""
 
     def relevance(self, question: Question) -> list[Tensor]:
         """Per segment [H * W] float32 in raster order, on the device of ``question.features``; higher is nearer."""
@@ -82,6 +82,8 @@ class TowerText:
     clip_model: Any
     tokenizer: Any
     decode: Callable[[Tensor], str]
+
+    uses_tower: ClassVar[bool] = True
 
     @torch.no_grad()
     def relevance(self, question: Question) -> list[Tensor]:

@@ -23,6 +23,7 @@ from vlmeff.vlm.probe import QueryKey
 
 Kwargs = Mapping[str, Any]
 Modality = Literal["image", "video"]
+Positions = Literal["repack", "keep"]
 EncoderInputs = Mapping[Modality, tuple[str, ...]]
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -74,7 +75,7 @@ class Family(ABC):
     """
 
     model_type: ClassVar[str]
-    positions: ClassVar[Literal["repack", "keep"]] = "repack"
+    positions: ClassVar[Positions] = "repack"
     first_position: ClassVar[int] = 0
     encoder_inputs: ClassVar[EncoderInputs]
     grid_inputs: ClassVar[tuple[str, ...]] = ()

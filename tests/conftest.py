@@ -1,0 +1,61 @@
+"""Which (family, method, modality) the tests prove: with the environment variable VLMEFF_COVERAGE_TABLE=FILE a run of
+the tests writes it to FILE as JSON.
+
+A test calls ``covered(family, method, modality)`` before anything that can fail. A cell is written if every test that
+named it passed; one failure strikes it off. A skipped test proves nothing and harms nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TABLE = "VLMEFF_COVERAGE_TABLE"
+CELL = "vlmeff_cell"
+
+
+@pytest.fixture
+def covered(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
+    """Note that the running test proves a method on a family ("image" or "video")."""
+
+    def note(family: str, method: str, modality: str) -> None:
+        request.node.user_properties.append((CELL, (family, method, modality)))
+
+    return note
+
+
+class _Table:
+    """Collects the cells of passed and failed tests; reports come here from workers of pytest-xdist too."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.passed: Counter[tuple[str, ...]] = Counter()
+        self.failed: set[tuple[str, ...]] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        cells = {tuple(value) for name, value in report.user_properties if name == CELL}
+        if report.failed:  # also in teardown, after a call that passed
+            self.failed |= cells
+        elif report.when == "call" and report.passed:
+            self.passed.update(cells)
+
+    def pytest_sessionfinish(self) -> None:
+        cells = [
+            {"family": family, "method": method, "modality": modality, "tests": self.passed[family, method, modality]}
+            for family, method, modality in sorted(self.passed.keys() - self.failed)
+        ]
+        versions = {name: version(name) for name in ("transformers", "torch")}
+        self.path.write_text(json.dumps({"cells": cells, **versions}, indent=1) + "\n")
+
+
+def pytest_configure(config: Any) -> None:
+    path = os.environ.get(TABLE)
+    if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        config.pluginmanager.register(_Table(Path(path)), "vlmeff-coverage-table")
