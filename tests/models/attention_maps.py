@@ -1,5 +1,5 @@
-"""The scores that reach a method, and what they should be: computed from the maps of the tower's own eager attention and
-from what the model's own connector makes of single tower tokens."""
+"""The scores that reach a method, and what they should be: computed from the maps of the tower's own eager attention
+and from what the model's own connector makes of single tower tokens."""
 
 from __future__ import annotations
 

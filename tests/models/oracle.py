@@ -14,6 +14,11 @@ import torch
 from tiny_models import IMAGE, SPECIAL, VIDEO
 from torch import Tensor
 
+import vlmeff
+
+# Both sides compute the same sums in float32, over key sets of different length and so in a different order. Logits
+# reach 20; a rounding of 1e-7 in the first layer has grown some tenfold behind the third.
+TOLERANCE = {"atol": 5e-5, "rtol": 2e-5}
 TOKEN = {"image": IMAGE, "video": VIDEO}
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -24,8 +29,14 @@ def modalities(inputs: dict[str, Tensor]) -> list[str]:
 
 def encode(model: Any, inputs: dict[str, Tensor], modality: str) -> Any:
     """What the model's own encoder returns."""
+    if model.config.model_type == "perception_lm":  # frames go the way of tiles
+        return _without_gradients(model.model.get_image_features, pixel_values=inputs[PIXELS[modality]])
     function = getattr(model.model, f"get_{modality}_features")
     arguments = {key: inputs[key] for key in inspect.signature(function).parameters if key in inputs}
+    return _without_gradients(function, **arguments)
+
+
+def _without_gradients(function: Any, **arguments: Tensor) -> Any:
     with torch.no_grad():
         return function(**arguments, return_dict=True)
 
@@ -47,7 +58,14 @@ def encoded(model: Any, inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
 
 def grid_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """[3, B, L] positions of Qwen-VL."""
-    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
+    names = (
+        "input_ids",
+        "mm_token_type_ids",
+        "image_grid_thw",
+        "video_grid_thw",
+        "second_per_grid_ts",
+        "attention_mask",
+    )
     known = inspect.signature(model.model.get_rope_index).parameters
     return model.model.get_rope_index(**{n: inputs[n] for n in names if n in inputs and n in known})[0]
 
@@ -191,3 +209,29 @@ def _slots_that_stay(slots: list[int], chosen: set[int], item: Any, newline: str
             out.append(item.modality == "video" or newline == "keep" or (newline == "rows" and any(row)))
             row = []
     return out
+
+
+@torch.no_grad()
+def check_answers(wrapped: Any, inputs: dict[str, Tensor], oracle: Oracle, steps: int = 4) -> None:
+    """Forward and generate of ``wrapped`` give the oracle's logits at its seen slots and its greedy tokens."""
+    output, full = wrapped(**inputs), oracle.logits()
+    for row, slots in enumerate(oracle.seen):
+        torch.testing.assert_close(output.logits[row, -int(slots.sum()) :], full[row, slots], **TOLERANCE)
+    settings = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": True}
+    generated = wrapped.generate(**inputs, **settings)
+    tokens, logits = oracle.greedy(steps)
+    assert torch.equal(generated.sequences, torch.cat([inputs["input_ids"], tokens], 1))
+    for a, b in zip(generated.logits, logits, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@torch.no_grad()
+def check_selection(model: Any, wrapped: Any, inputs: dict[str, Tensor], newline: str = "drop") -> Any:
+    """A wrapped model that selects equals the masked oracle; returns the plan."""
+    output = wrapped(**inputs)
+    plan = vlmeff.report(wrapped).plan
+    seen, features = pruned(inputs, encoded(model, inputs), plan, newline)
+    assert torch.equal(output.vlmeff_keep & inputs["attention_mask"].bool(), seen)
+    assert 0 < seen.sum() < inputs["attention_mask"].sum()
+    check_answers(wrapped, inputs, Oracle(model, inputs, features, seen))
+    return plan
