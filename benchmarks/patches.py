@@ -45,7 +45,9 @@ def measure_op(patches: int, heads: int, rows: int | None, device: torch.device,
     return {"layout": shape, "query_rows": rows or patches, **_peaks(run, device)}
 
 
-def measure_layer(patches: int, heads: int, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def measure_layer(
+    patches: int, heads: int, frames: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
     """The hook on an attention module of Qwen2.5-VL's tower, and that module itself."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
@@ -58,7 +60,7 @@ def measure_layer(patches: int, heads: int, device: torch.device, dtype: torch.d
     module = Qwen2_5_VLVisionAttention(config).to(device, dtype).eval()
     angles = torch.rand(patches, HEAD_DIM, device=device)
     arguments = {
-        "cu_seqlens": torch.tensor([0, patches], dtype=torch.int32, device=device),
+        "cu_seqlens": torch.linspace(0, patches, frames + 1, dtype=torch.float64, device=device).int(),
         "position_embeddings": (angles.cos(), angles.sin()),
     }
     hidden = torch.randn(patches, heads * HEAD_DIM, device=device, dtype=dtype)
@@ -95,21 +97,23 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--rows", type=int, help="query rows of the op; default: all")
-    parser.add_argument("--only-op", action="store_true")
+    parser.add_argument("--frames", type=int, default=1, help="of the hook: patches attend within their frame")
+    parser.add_argument("--only", choices=["op", "hook"])
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
     # The op first: a process's peak never sinks again.
-    op = measure_op(args.patches, args.heads, args.rows, device, dtype)
-    layer = {} if args.only_op else measure_layer(args.patches, args.heads, device, dtype)
+    op = {} if args.only == "hook" else {"op": measure_op(args.patches, args.heads, args.rows, device, dtype)}
+    hook = {} if args.only == "op" else measure_layer(args.patches, args.heads, args.frames, device, dtype)
     result = {
         "patches": args.patches,
         "heads": args.heads,
         "head_dim": HEAD_DIM,
         "dtype": args.dtype,
         "limit_bytes": LIMIT_BYTES,
-        "op": op,
-        **layer,
+        "frames": args.frames,
+        **op,
+        **hook,
         "eager_map_bytes_computed": math.prod((args.heads, args.patches, args.patches, dtype.itemsize)),
         "environment": environment(device),
     }

@@ -106,7 +106,7 @@ def test_the_tables_show_every_section(smoke):
     ],
 )
 def test_scoring_16384_patches_takes_less_than_300_mb(part):
-    result = json.loads(run("patches.py", "--patches", "16384", "--only-op", *part).splitlines()[-1])
+    result = json.loads(run("patches.py", "--patches", "16384", "--only", "op", *part).splitlines()[-1])
     assert result["patches"] == 16384
     assert result["eager_map_bytes_computed"] == 16384**2 * 4 * int(part[1])
     peak = result["op"]["extra_peak_bytes"]
@@ -115,3 +115,10 @@ def test_scoring_16384_patches_takes_less_than_300_mb(part):
     of_process = result["op"]["process_extra_peak_bytes"]
     if of_process is not None:  # Linux: resident memory, library scratch included
         assert of_process < 300e6
+
+
+def test_the_hook_of_qwens_tower_takes_less_than_300_mb_for_16384_patches():
+    # q, k and their rotation are as large in 32 frames as in one; the products of a frame are quicker.
+    result = json.loads(run("patches.py", "--patches", "16384", "--frames", "32", "--only", "hook").splitlines()[-1])
+    assert 16384 * 80 * 4 < result["hook"]["extra_peak_bytes"] < 300e6
+    assert result["hook"]["extra_peak_bytes"] < result["attention_module_sdpa"]["extra_peak_bytes"]

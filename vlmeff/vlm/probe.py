@@ -34,11 +34,25 @@ class QueryKey:
     valid: Tensor | None = None
 
 
-QueryKeyFn = Callable[[nn.Module, Tensor, Mapping[str, object]], QueryKey]
+QueryKeyFn = Callable[[nn.Module, Tensor, Mapping[str, object]], QueryKey | Iterator[QueryKey]]
 
 
-def column_mean(qk: QueryKey) -> Tensor:
-    """Mean over heads and queries of the attention each token receives: [B, M], or [T] when packed; float32."""
+def column_mean(qk: QueryKey | Iterator[QueryKey]) -> Tensor:
+    """Mean over heads and queries of the attention each token receives: [B, M], or [T] when packed; float32.
+
+    An iterator gives groups of heads, so that not all of them are there at once.
+    """
+    if isinstance(qk, QueryKey):
+        return _mean_of(qk)
+    total, heads = torch.zeros(()), 0
+    for group in qk:
+        count = group.q.shape[-2 if group.cu_seqlens is not None else 1]
+        mean = _mean_of(group) * count
+        total, heads = mean if heads == 0 else total + mean, heads + count
+    return total / heads
+
+
+def _mean_of(qk: QueryKey) -> Tensor:
     if qk.valid is not None:
         mass = ops.attention_column_mass(
             qk.q, qk.k, scale=qk.scale, reduce="mean", key_valid=qk.valid, query_weight=qk.valid

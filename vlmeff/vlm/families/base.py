@@ -7,7 +7,7 @@ same for all of them. ``docs/adding-a-family.md`` shows how to write one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar, Literal
@@ -104,8 +104,8 @@ class Family(ABC):
         """The attention module of every layer of the vision tower."""
 
     @abstractmethod
-    def query_key(self, module: Any, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
-        """q and k of an attention module from its input."""
+    def query_key(self, module: Any, hidden: Tensor, kwargs: Kwargs) -> QueryKey | Iterator[QueryKey]:
+        """q and k of an attention module from its input; an iterator gives groups of heads."""
 
     @abstractmethod
     def token_scores(self, model: Any, kwargs: Kwargs, modality: Modality, score: Tensor) -> list[list[Tensor]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tokenpruning import Layout
 from vlmeff.errors import UnsupportedInputError
 from vlmeff.vlm.families.base import EncoderInputs, Family, Kwargs, Modality
 from vlmeff.vlm.probe import QueryKey
 
+HEADS_AT_ONCE = 4
 GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
@@ -57,13 +59,14 @@ class QwenVL(Family):
         target = 0.5 * len(self.attention_layers(model))  # 16 of 32, as in the paper
         return min(self.legal_object_layers(model), key=lambda number: (abs(number - target), number), default=0)
 
-    def query_key(self, module: Any, hidden: Tensor, kwargs: Kwargs) -> QueryKey:
+    def query_key(self, module: Any, hidden: Tensor, kwargs: Kwargs) -> Iterator[QueryKey]:
+        """A few heads at a time: q, k and v of all heads at once are large at 16k patches."""
         # The rotation is the same function in all three.
         from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-        q, k, _ = module.qkv(hidden).view(len(hidden), 3, module.num_heads, -1).unbind(1)
-        q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
-        return QueryKey(q, k, module.scaling, kwargs["cu_seqlens"])
+        for q, k in _heads(module, hidden):
+            q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
+            yield QueryKey(q, k, module.scaling, kwargs["cu_seqlens"])
 
     def merged(self, model: Any, kwargs: Kwargs, modality: Modality, score: Tensor) -> Tensor:
         """[patches] -> [tokens]: a merged token's score is the mean of its patches', which stand together."""
@@ -94,6 +97,26 @@ class QwenVL(Family):
             grid = patches.view(t, h // merge, w // merge, merge, merge, -1, depth, patch, patch)[:, :, :, :, :, :, 0]
             out.append(list(grid.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * patch, w * patch)))
         return out
+
+
+def _heads(module: Any, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """q and k [T, heads, D] of a fused projection, ``HEADS_AT_ONCE`` heads at a time where its weights are plain."""
+    qkv, heads = module.qkv, module.num_heads
+    plain = type(qkv) is nn.Linear and not hasattr(qkv, "_hf_hook") and qkv.weight.device == hidden.device
+    if not plain:  # quantized or offloaded: only the module knows its weights
+        q, k, _ = qkv(hidden).view(len(hidden), 3, heads, -1).unbind(1)
+        yield q, k
+        return
+    weight = qkv.weight.view(3, heads, -1, qkv.in_features)
+    bias = None if qkv.bias is None else qkv.bias.view(3, heads, -1)
+    for start in range(0, heads, HEADS_AT_ONCE):
+        part = slice(start, start + HEADS_AT_ONCE)
+        yield tuple(  # type: ignore[misc]
+            F.linear(
+                hidden, weight[i, part].flatten(0, 1), None if bias is None else bias[i, part].flatten()
+            ).unflatten(1, (-1, weight.shape[2]))
+            for i in (0, 1)
+        )
 
 
 class Qwen2VL(QwenVL):
