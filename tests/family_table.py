@@ -1,8 +1,8 @@
 """The README's table of families and methods, made from what a run of the tests proved.
 
-    VLMEFF_COVERAGE_TABLE=cells.json python -m pytest
-    python tests/family_table.py cells.json            # write the table into README.md
-    python tests/family_table.py cells.json --check    # fail when README.md says anything else
+VLMEFF_COVERAGE_TABLE=cells.json python -m pytest
+python tests/family_table.py cells.json            # write the table into README.md
+python tests/family_table.py cells.json --check    # fail when README.md says anything else
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenpruning.plan import PrunePlan
 from vlmeff.errors import IncompatibleError
+from vlmeff.vlm.prompt import contiguous_positions
 
 RECORD = "_vlmeff_record"  # attribute of a cache that was filled from a shortened prompt
 
@@ -74,6 +75,23 @@ def record_of(cache: Any) -> PromptRecord | None:
     return record
 
 
+def _behind(record: PromptRecord, short: dict[str, Any], ids: Tensor, *, generating: bool) -> Tensor:
+    """[4, B, n] positions of what follows the cache: a text row, and three that go on behind the pictures.
+
+    For ``generate`` of the whole sequence, of which only the part behind the cache is looked at.
+    """
+    assert record.rope_deltas is not None
+    past = int(short["past_key_values"].get_seq_length())
+    total = ids.shape[1] if generating else past + short["input_ids"].shape[1]
+    mask = short.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        mask = ids.new_ones(len(ids), total)
+        mask[:, : record.short_mask.shape[1]] = record.short_mask
+    text = contiguous_positions(mask[:, -total:])
+    positions = torch.stack([text, *[text + record.rope_deltas.to(text.device)] * 3])
+    return positions if generating else positions[..., past:]
+
+
 def continue_shortened(model: Any, record: PromptRecord, kwargs: dict[str, Any], *, generating: bool) -> ShortRequest:
     """A call that goes on from the cache of a shortened prompt."""
     input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -114,7 +132,9 @@ def continue_shortened(model: Any, record: PromptRecord, kwargs: dict[str, Any],
         positions = torch.cat([positions, positions[:, -1:] + behind.cumsum(1)], 1)
         short["position_ids"] = positions if generating else positions[:, -input_ids.shape[1] :] + record.first_position
     if record.rope_deltas is not None:
-        model.base_model.rope_deltas = record.rope_deltas  # another conversation may have run in between
+        if kwargs.get("position_ids") is None:
+            # Told, not left to the model's rope_deltas: another conversation may have run on it in between.
+            short["position_ids"] = _behind(record, short, ids, generating=generating)
         for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids"):
             short.pop(name, None)
     return ShortRequest(
