@@ -122,7 +122,7 @@ def make_plan(
     return Plan(preset=preset, entry=entry, reduction=reduction, inner=inside[0] if inside else None), family
 
 
-def _inner_for(model: Any, family: Family, method: Any, before: list[Method]) -> Any:
+def _inner_for(model: Any, family: Family, method: Any, before: Sequence[Method]) -> Any:
     """The method inside the language model with the schedule that it will follow; raises when the model cannot."""
     text, config = family.text_model(model), model.config.get_text_config()
     method = method.for_model(

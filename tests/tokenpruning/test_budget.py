@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenpruning import methods, split_budget, tokens_to_keep
+from tokenpruning import PerFrame, Selector, methods, split_budget, tokens_to_keep
 from vlmeff.errors import ConfigError, VlmeffError
 
 NOT_A_BUDGET = [0, -1, 0.0, -0.25, 1.0001, 5.0, math.nan, math.inf, -math.inf, True, False, None, "0.5"]
@@ -44,10 +44,20 @@ def test_an_int_budget_is_divided_over_the_tiles_of_a_picture_and_a_share_is_not
     assert split_budget(100, [16, 576]) == [16, 50]
     assert split_budget(3, [36] * 5) == [1] * 5
     assert split_budget(0.25, [16, 40]) == [4, 10]
+    # A mosaic of four tiles in one segment gets the part of four.
+    assert split_budget(100, [36, 144], [1, 4]) == [20, 80]
+
+
+def test_a_budget_per_frame_is_that_of_every_tile_and_frame():
+    assert split_budget(PerFrame(9), [16, 40, 4]) == [9, 9, 4]
+    assert split_budget(PerFrame(9), [16, 144], [1, 4]) == [9, 36]
+    for wrong in (0, 2.0, True):
+        with pytest.raises(ConfigError, match=r"PerFrame: tokens="):
+            PerFrame(wrong)
 
 
 @pytest.mark.parametrize("keep", NOT_A_BUDGET, ids=repr)
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", [name for name in methods.names() if isinstance(methods.get(name)(), Selector)])
 def test_every_method_refuses_what_is_not_a_budget_when_it_is_made(name, keep):
     with pytest.raises(ConfigError, match=r"keep=.*\(0, 1\]") as error:
         methods.get(name)(keep=keep)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import IMAGE, MODELS, VIDEO, llava_inputs, prompts, qwen_inputs, tiny, tiny_llava, tiny_qwen2_5_vl
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmeff
 from vlmeff.errors import (
@@ -109,16 +109,6 @@ def test_a_method_without_scores_takes_a_tower_that_hiprune_cannot_read():
 def test_a_tower_whose_cls_token_is_projected_is_refused_by_the_name_of_the_setting():
     with pytest.raises(UnsupportedModelError, match="vision_feature_select_strategy"):
         vlmeff.wrap(tiny_llava(strategy="full"), None, tokens=PRUNE)
-
-
-def test_a_vlm_of_another_family_lists_the_supported_ones():
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = LlavaNextConfig(vision_config={**small, "model_type": "clip_vision_model"}, text_config=small)
-    with torch.device("meta"):
-        model = LlavaNextForConditionalGeneration(config)
-    with pytest.raises(UnsupportedModelError, match=r"LlavaNext.*llava, qwen2_5_vl"):
-        vlmeff.wrap(model, None, tokens=PRUNE)
-    assert not vlmeff.is_wrapped(model)
 
 
 def test_a_language_model_without_pictures_is_refused_by_tokens():

@@ -17,6 +17,7 @@ from tiny_common import ready
 from tiny_models import IMAGE, SPECIAL, VIDEO, prompts, qwen_inputs, tiny, video_prompts
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
+import vlmeff
 from tokenpruning.adaptinfer import SCHEDULES, Schedule
 from vlmeff.errors import (
     ConfigError,
@@ -25,8 +26,11 @@ from vlmeff.errors import (
     UnsupportedInputError,
     UnsupportedModelError,
 )
+from vlmeff.reporting import Clock
+from vlmeff.vlm.families import family_of
 from vlmeff.vlm.inner import INNER_RECORD, InnerPruning
 from vlmeff.vlm.inner_request import check_model, prepare
+from vlmeff.vlm.reduce import Reduction, shorten_request
 from vlmeff.vlm.voters import visual_rows
 
 LAYERS = 5
@@ -187,7 +191,8 @@ def assert_equal_to_oracle(name, inputs, schedule, out, record, steps=5):
 @every_schedule
 @every_model
 @torch.no_grad()
-def test_tokens_logits_and_choice_equal_the_masked_full_length_oracle(name, schedule, attention):
+def test_tokens_logits_and_choice_equal_the_masked_full_length_oracle(name, schedule, attention, covered):
+    covered(name, "adaptinfer", "image")
     model = deep(name, attention)
     inputs = batch(model, padded=False)
     out, record = generate(model, inputs, schedule)
@@ -221,7 +226,8 @@ def test_padding_that_generate_infers_counts_as_padding():
 @every_attention
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_other_families_equal_the_oracle(name, attention):
+def test_other_families_equal_the_oracle(name, attention, covered):
+    covered(name, "adaptinfer", "image")
     model = deep(name, attention)
     check_model(model, text_model(model), RATIOS)
     inputs = batch(model)
@@ -246,9 +252,10 @@ def test_several_pictures_are_pruned_as_one_set_and_the_text_behind_the_last_vot
     assert_equal_to_oracle(name, inputs, RATIOS, out, record)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "perception_lm"])
 @torch.no_grad()
-def test_a_video_equals_the_oracle(name):
+def test_a_video_equals_the_oracle(name, covered):
+    covered(name, "adaptinfer", "video")
     model = deep(name)
     inputs = video_prompts(model, [4])
     out, record = generate(model, inputs, RATIOS)
@@ -596,3 +603,37 @@ def test_rows_may_differ_in_padding_and_in_the_length_of_the_text_that_votes():
     assert rows.vision.tolist() == [[2, 3], [1, 4]]
     assert [t[v].tolist() for t, v in zip(rows.text, rows.text_valid, strict=True)] == [[4, 5, 6], [5, 6]]
     assert isinstance(InnerPruning(text_model(deep("llava")), RATIOS, rows), InnerPruning)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "perception_lm"])
+@torch.no_grad()
+def test_wrap_joins_it_with_a_method_before_the_language_model(name):
+    before, model = vlmeff.HiPrune(keep=0.6), deep(name)
+    inputs = prompts(model, [1])
+    request = shorten_request(
+        model,
+        family_of(model),
+        Reduction(method=before),
+        dict(inputs),
+        generating=True,
+        lock=threading.RLock(),
+        clock=Clock(torch.device("cpu")),
+    )
+    short = request.kwargs
+    visual = short["input_ids"] == model.config.image_token_id
+    run = prepare(model, text_model(model), RATIOS, short, visual=visual, generating=True)
+    with run:
+        expected = model.generate(**short, max_new_tokens=4)[:, -4:]
+
+    vlmeff.wrap(model, None, tokens=[before, vlmeff.AdaptInfer(schedule=RATIOS)])
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4)[:, -4:], expected)
+    report = vlmeff.report(model)
+    assert report.method == "hiprune + adaptinfer"
+    assert report.visual_tokens_after == int(visual.sum()) < report.visual_tokens_before
+    for kept, again in zip(report.inner.kept, run.record.kept, strict=True):
+        assert torch.equal(kept, again)
+    assert report.visual_tokens_processed == run.record.mean_visual < report.visual_tokens_after
+    with pytest.raises(IncompatibleError, match="ratios"):
+        vlmeff.wrap(model, None, tokens=[before, vlmeff.AdaptInfer(schedule=TABLE)])
+    with pytest.raises(ConfigError, match="cannot be combined"):
+        vlmeff.wrap(model, None, tokens=["hiprune", "fourier"])

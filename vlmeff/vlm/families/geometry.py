@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tokenpruning.layout import Grid
 from vlmeff.errors import UnsupportedModelError
 from vlmeff.vlm.families.timm_attention import is_timm_attention
-from vlmeff.vlm.probe import QueryKeyFn
+from vlmeff.vlm.probe import QueryKey, QueryKeyFn
 
 MOST_PREFIX_TOKENS = 16  # class and register tokens
 CHANGED = 1e-5  # of the largest value: far above rounding, far below what a change of one standard deviation does
@@ -335,6 +335,7 @@ def _is_attention_of(query_key: QueryKeyFn, module: Any, hidden: Tensor, kwargs:
         qk = query_key(module, hidden, kwargs)
         if is_timm_attention(module):
             return True
+        assert isinstance(qk, QueryKey)
         v = module.v_proj(hidden).unflatten(-1, (-1, qk.q.shape[-1])).transpose(1, 2)
         v = v.repeat_interleave(qk.q.shape[1] // v.shape[1], 1)
         mixed = F.scaled_dot_product_attention(qk.q.float(), qk.k.float(), v.float(), scale=qk.scale)
