@@ -27,7 +27,9 @@ class Report:
     selection. Counted: ``prefill_gflops`` of the language model, from the measured token counts. Reference:
     ``kv_bytes_full``, what the same cache would hold for the unshortened prompt. ``skipped``: the request has fewer
     visual tokens than the preset's ``min_visual_tokens``, so nothing was reduced. ``visual_tokens_processed``: where
-    tokens are dropped between layers, how many were processed, averaged over the layers (``inner`` says which stayed).
+    tokens are dropped between layers, how many were processed, averaged over the layers (``inner`` says which stayed);
+    ``visual_tokens_label`` counts a layer behind which tokens are dropped as if it had lost them already, as the labels
+    of AdaptInfer's paper do.
     """
 
     method: str = "none"
@@ -46,6 +48,7 @@ class Report:
     prefill_ms: float | None = None
     total_ms: float | None = None
     visual_tokens_processed: float | None = None
+    visual_tokens_label: float | None = None
     skipped: bool = False
     inner: InnerRecord | None = field(default=None, repr=False, compare=False)
     plan: PrunePlan | None = field(default=None, repr=False, compare=False)
@@ -64,7 +67,10 @@ class Report:
             ("method", self.method + (", skipped: few visual tokens" if self.skipped else ""), ""),
             ("visual tokens", pair(self.visual_tokens_before, self.visual_tokens_after), "measured"),
             *(
-                [("visual tokens, mean over layers", f"{self.visual_tokens_processed:.1f}", "measured")]
+                [
+                    ("visual tokens, mean over layers", f"{self.visual_tokens_processed:.1f}", "measured"),
+                    ("as the paper labels it", f"{self.visual_tokens_label:.1f}", "counted"),
+                ]
                 if self.visual_tokens_processed is not None
                 else []
             ),

@@ -18,7 +18,7 @@ from tiny_models import IMAGE, SPECIAL, VIDEO, prompts, qwen_inputs, tiny, video
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import vlmeff
-from tokenpruning.adaptinfer import SCHEDULES, Schedule
+from tokenpruning.adaptinfer import SCHEDULES, Schedule, label_tokens
 from vlmeff.errors import (
     ConfigError,
     IncompatibleError,
@@ -633,6 +633,8 @@ def test_wrap_joins_it_with_a_method_before_the_language_model(name):
     for kept, again in zip(report.inner.kept, run.record.kept, strict=True):
         assert torch.equal(kept, again)
     assert report.visual_tokens_processed == run.record.mean_visual < report.visual_tokens_after
+    layers = len(text_model(model).layers)
+    assert report.visual_tokens_label == pytest.approx(label_tokens(RATIOS, report.visual_tokens_after, layers))
     with pytest.raises(IncompatibleError, match="ratios"):
         vlmeff.wrap(model, None, tokens=[before, vlmeff.AdaptInfer(schedule=TABLE)])
     with pytest.raises(ConfigError, match="cannot be combined"):

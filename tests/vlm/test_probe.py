@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import MODELS, llava_inputs, prompts, qwen_inputs, tiny, tiny_llava, tiny_qwen2_5_vl
 from transformers import SiglipVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision as rotate
 
 import vlmeff
 from tokenpruning import hiprune_select
@@ -226,6 +227,46 @@ def test_a_bfloat16_model_is_scored_in_float32_from_its_own_queries_and_keys():
     handle.remove()
     q, k = (p(seen[0]).float().view(2, 37, 4, 8).transpose(1, 2) for p in (module.q_proj, module.k_proj))
     close(torch.stack(scores), (q @ k.mT * module.scale).softmax(-1).mean((1, 2))[:, 1:])
+
+
+def float64_column_means(q, k, scale):
+    """[heads, n, D] of one segment -> [n]."""
+    return (q.double() @ k.double().mT * scale).softmax(-1).mean((0, 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@every_model
+@torch.no_grad()
+def test_a_bfloat16_model_keeps_what_float64_scores_of_its_activations_keep(name, seed):
+    model = tiny(name, dtype=torch.bfloat16, seed=seed)
+    inputs, family, inputs_of = prompts(model, [1], seed=seed), FAMILIES[name], {}
+    for label, module in family.score_layers(model, ("object", "deep"), None).items():
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, label=label: inputs_of.update(
+                {label: (args[0] if args else kwargs["hidden_states"], kwargs)}
+            ),
+            with_kwargs=True,
+        )
+    vlmeff.wrap(model, None, tokens=vlmeff.HiPrune(keep=0.4, alpha=0.5))
+    model(**inputs)
+    (chosen,) = vlmeff.report(model).plan.items[0].selections
+    scores = {}
+    for label, module in family.score_layers(model, ("object", "deep"), None).items():
+        hidden, kwargs = inputs_of[label]
+        if name == "llava":
+            q, k = (p(hidden)[0].unflatten(-1, (4, -1)).transpose(0, 1) for p in (module.q_proj, module.k_proj))
+            scores[label] = float64_column_means(q, k, module.scale)[1:]
+        else:
+            q, k, _ = module.qkv(hidden).view(len(hidden), 3, module.num_heads, -1).unbind(1)
+            q, k = rotate(q, k, *kwargs["position_embeddings"])
+            means = float64_column_means(q.transpose(0, 1), k.transpose(0, 1), module.scaling)
+            (scores[label],) = family.token_scores(model, inputs, "image", means)[0]
+    grid = vlmeff.report(model).plan.items[0].layout.grids[0]
+    expected = hiprune_select(scores["object"], scores["deep"], k=len(chosen.index), grid=grid, alpha=0.5)
+    differ = set(chosen.index.tolist()) ^ set(expected.index.tolist())
+    if differ:  # only tokens whose scores all but tie may change places
+        near = [scores[label][sorted(differ)] for label in scores]
+        assert any(float((s.max() - s.min()) / s.max()) < 1e-6 for s in near)
 
 
 @every_model

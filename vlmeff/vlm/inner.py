@@ -49,6 +49,13 @@ class InnerRecord:
         """Visual tokens processed, averaged over the layers."""
         return sum(visual for _, visual in self.processed) / len(self.processed)
 
+    @property
+    def label_visual(self) -> float:
+        """The same with each pruning layer counted as pruned, which is how the paper labels its schedules."""
+        visual = [count for _, count in self.processed]
+        after = {layer: kept.shape[1] for layer, kept in zip(self.layers, self.kept, strict=True)}
+        return sum(after.get(number, count) for number, count in enumerate(visual)) / len(visual)
+
     def check(self, cache: Any, rows: int) -> None:
         """Raise ``IncompatibleError`` when the cache no longer is what the prompt left plus what followed."""
         new = int(cache.get_seq_length()) - self.width

@@ -407,6 +407,7 @@ def _make_report(
         kv_bytes_full=full,
         prefill_gflops_before=None if ids is None else text_flops(model, ids, before),
         visual_tokens_processed=None if record is None or ids is None else record.mean_visual * len(ids),
+        visual_tokens_label=None if record is None or ids is None else record.label_visual * len(ids),
         prefill_gflops_after=None if ids is None else text_flops(model, ids, after, record),
         plan=plan,
         skipped=isinstance(request, Untouched) and request.skipped,
