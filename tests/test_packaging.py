@@ -40,6 +40,8 @@ def test_the_wheel_is_pure_python_and_holds_the_four_packages_and_their_data(whe
         assert f"{package}/py.typed" in names
     assert "vlmeff/model_zoo.yaml" in names
     assert "vlmeff/models/tiny_llava/weights/model.safetensors" in names
+    assert "vlmeff/models/tiny_llava/adaptinfer.json" in names
+    assert "vlmeff/models/tiny_clip/weights/model.safetensors" in names
 
 
 def test_an_unpacked_wheel_works_far_from_the_repository(wheel: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from vlmeff.pictures import open_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 SCENES = "scenes"
+QUESTION = "Describe the picture in detail."
 
 
 def questions_about(source: str, question: str, limit: int) -> Iterator[tuple[Any, str]]:
@@ -82,26 +84,75 @@ def calibrate_schedule(
     progress: Callable[[int], None],
 ) -> Any:
     """Load a model, measure it on samples and write an AdaptInfer schedule file; returns the calibration."""
-    from vlmeff.loading import load
     from vlmeff.vlm.calibrate import calibrate_adaptinfer, write_calibration
 
-    if out.suffix != ".json":
-        raise ConfigError(f"--out {str(out)!r} must end in .json.")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out: the folder {str(out.parent)!r} does not exist.")
+    check_file("--out", out, ".json")
+    model, samples, about = _loaded(name, source, question=question, limit=limit, device=device, dtype=dtype)
+    calibration = calibrate_adaptinfer(model, samples, target=target, name=about["model"], progress=progress)
+    write_calibration(out, model, calibration, about)
+    return calibration
+
+
+def calibrate_object_layer(
+    name: str,
+    source: str,
+    *,
+    out: Path | None,
+    plot: Path | None,
+    limit: int,
+    top: float,
+    device: str | None,
+    dtype: str,
+    progress: Callable[[int], None],
+) -> tuple[Any, int]:
+    """Load a model, measure its vision layers on samples and write the curve as JSON and PNG where asked for.
+
+    Returns the ``LayerCurve`` and the family's default object layer.
+    """
+    from tokenpruning.hiprune_calibration import check_top
+    from vlmeff.curve import draw_curve
+    from vlmeff.vlm.calibrate_layers import calibrate_hiprune, write_layers
+    from vlmeff.vlm.families import family_of
+
+    check_top(top)
+    if out is not None:
+        check_file("--out", out, ".json")
+    if plot is not None:
+        check_file("--plot", plot, ".png")
+    # The vision tower does not see the question.
+    model, samples, about = _loaded(name, source, question=QUESTION, limit=limit, device=device, dtype=dtype)
+    curve = calibrate_hiprune(model, samples, top=top, progress=progress)
+    default = family_of(model).object_layer(model)
+    if out is not None:
+        write_layers(out, model, curve, about)
+    if plot is not None:
+        title = f"{about['model']}: mean distance of the {top:.0%} strongest tokens, {curve.samples} pictures"
+        marks = {"default": default} | ({} if curve.object_layer is None else {"suggested": curve.object_layer})
+        draw_curve(curve.layers, curve.distances, title=title, x_label="layer of the vision tower", marks=marks).save(
+            plot
+        )
+    return curve, default
+
+
+def check_file(option: str, path: Path, suffix: str) -> None:
+    """Raise ``ConfigError`` unless a file of this suffix could be written there."""
+    if path.suffix.lower() != suffix:
+        raise ConfigError(f"{option} {str(path)!r} must end in {suffix}.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: the folder {str(path.parent)!r} does not exist.")
+
+
+def _loaded(
+    name: str, source: str, *, question: str, limit: int, device: str | None, dtype: str
+) -> tuple[Any, Iterator[dict[str, Any]], dict[str, str]]:
+    """A model, its prepared samples, and what to write down about both."""
+    from vlmeff.loading import load
+
     pairs = questions_about(source, question, limit)
     first = next(pairs)  # a bad source is refused before a model is loaded
     model, processor = load(name, device=device, dtype=dtype)
-
-    def every() -> Iterator[tuple[Any, str]]:
-        yield first
-        yield from pairs
-
-    samples = prepared(processor, every(), model.device, model.dtype)
     record = zoo.find_model(name)
     called = name if record is None else record.name
-    calibration = calibrate_adaptinfer(model, samples, target=target, name=Path(called).name, progress=progress)
     revision = {} if record is None or record.revision is None else {"revision": record.revision}
     about = {"model": Path(called).name, "source": Path(source).name, **revision}
-    write_calibration(out, model, calibration, about)
-    return calibration
+    return model, prepared(processor, itertools.chain([first], pairs), model.device, model.dtype), about

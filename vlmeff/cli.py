@@ -235,6 +235,55 @@ def calibrate_adaptinfer(
     out.print(f"written to {out_file}; use it with vlmeff.AdaptInfer(schedule={str(out_file)!r})", soft_wrap=True)
 
 
+@calibrate_app.command("hiprune")
+def calibrate_hiprune(
+    samples: Annotated[
+        str, typer.Option(help="A folder of pictures, a .jsonl file of image and question, or scenes (generated).")
+    ],
+    model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "tiny-llava",
+    limit: Annotated[int, typer.Option(min=1, help="Most samples to take; the paper used 5000.")] = 200,
+    top: Annotated[float, typer.Option(help="Share of the tokens compared; the paper shows 0.05, 0.1, 0.25.")] = 0.1,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curve (.png).")] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="Write the curve and the suggestion (.json).")] = None,
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Find the vision layer up to which a model looks at objects: HiPrune's object layer."""
+    from rich.progress import Progress
+
+    from vlmeff.calibrating import calibrate_object_layer
+
+    with Progress(console=err) as bar:
+        task = bar.add_task(f"measuring {model}", total=limit)
+        curve, default = calibrate_object_layer(
+            model,
+            samples,
+            out=out_file,
+            plot=plot,
+            limit=limit,
+            top=top,
+            device=device,
+            dtype=dtype,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+    title = f"{curve.samples} pictures, strongest {curve.top:.0%} of the tokens"
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for column in ("layer", "mean distance", "rise to the next", ""):
+        table.add_column(column)
+    for layer, distance, rise in zip(curve.layers, curve.distances, [*curve.rises, None], strict=True):
+        marks = ["suggested"] * (layer == curve.object_layer) + ["default"] * (layer == default)
+        table.add_row(str(layer), f"{distance:.3f}", "" if rise is None else f"{rise:+.3f}", ", ".join(marks))
+    out.print(table)
+    if curve.object_layer is None:
+        out.print(f"the distance never rises, so there is no turning point; the default stays: {default}")
+    else:
+        out.print(f"{curve.agreement:.0%} of the pictures suggest this layer by themselves")
+        out.print(f"use it with vlmeff.HiPrune(object_layer={curve.object_layer})")
+    for path in (out_file, plot):
+        if path is not None:
+            out.print(f"written to {path}", soft_wrap=True)
+
+
 @zoo_app.command("list")
 def zoo_list(
     status: Annotated[str | None, typer.Option(help="Only entries of this status.")] = None,

@@ -133,3 +133,24 @@ def test_what_cannot_keep_positions_says_so():
     wrapped.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(IncompatibleError, match=r"sdpa.*repack"):
         wrapped(**inputs)
+
+
+@torch.no_grad()
+def test_resampled_tokens_stand_in_the_middle_of_their_cells():
+    _, wrapped = pair("llava")
+    vlmeff.wrap(wrapped, None, tokens=vlmeff.Fourier(side=3), positions="keep")
+    inputs = prompts(wrapped, [1])
+    seen = {}
+    handle = wrapped.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    wrapped(**inputs)
+    handle.remove()
+    first = int((inputs["input_ids"][0] == wrapped.config.image_token_id).nonzero()[0])
+    # 6 x 6 tokens in 3 x 3 cells of 2 x 2: rows and columns 1, 3, 5.
+    expected = [first + 6 * row + column for row in (1, 3, 5) for column in (1, 3, 5)]
+    assert seen["position_ids"][0, first : first + 9].tolist() == expected
+    assert seen["position_ids"][0, first + 9 :].tolist() == list(range(first + 36, inputs["input_ids"].shape[1]))
+    tiled = vlmeff.wrap(tiny("llava_next"), None, tokens=vlmeff.Fourier(side=3), positions="keep")
+    with pytest.raises(IncompatibleError, match="repack"):
+        tiled(**prompts(tiled, [1]))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -150,7 +151,7 @@ def _curves(
         curve = torch.stack(rows).mean(0).tolist()
         votes = [torch.cat(score[picture]) for score in scores]
         for number, vote, distance in zip(layers, votes, curve, strict=True):
-            if not bool(vote.isfinite().all()) or distance != distance:
+            if not bool(vote.isfinite().all()) or not math.isfinite(distance):
                 raise NonFiniteScoreError(
                     f"calibrate hiprune: attention scores of layer {number}, or the tower's output, are not finite: "
                     "activations overflowed. Load the model in bfloat16 or float32."

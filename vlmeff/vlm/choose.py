@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenpruning import ItemPlan, Layout, Resampler, Segment, Selection, Selector, split_budget
-from tokenpruning.layout import Newline
+from tokenpruning.layout import Grid, Newline
 from tokenpruning.plan import all_of
 from vlmeff.errors import IncompatibleError, NonFiniteScoreError
 from vlmeff.vlm.families.base import Encoded, Family, Kwargs, Modality
@@ -56,18 +56,27 @@ def everything(layouts: Sequence[Layout], modality: Modality) -> list[ItemPlan]:
 
 
 def resample(model: Any, family: Family, method: Resampler, kwargs: Kwargs, modality: Modality) -> Reduced:
-    """Encode with every grid resampled. Of each picture's placeholders the first of each segment stay."""
+    """Encode with every grid resampled. Of each segment's placeholders those in the middle of the new cells stay."""
     before = family.layouts(model, kwargs, modality)
     encoded = family.encode_resampled(model, kwargs, modality, method)
     plans = []
     for old, new in zip(before, encoded.layouts, strict=True):
         if old.slots is None:
             starts = torch.tensor([0, *old.sizes]).cumsum(0).tolist()
-            kept = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, new.sizes, strict=False)])
+            parts = zip(starts, old.grids, new.grids, strict=False)
+            kept = torch.cat([start + cell_centres(grid, small) for start, grid, small in parts])
         else:
             kept = torch.arange(new.n_slots)  # placeholders are all alike where the pictures are packed with separators
         plans.append(ItemPlan(layout=old, kept=kept, new_layout=new, modality=modality))
     return Reduced(plans, encoded.rebuilt(encoded.items, encoded.deep), encoded.layouts)
+
+
+def cell_centres(grid: Grid, small: Grid) -> Tensor:
+    """[h' * w'] int64 ascending: the token of an H x W grid in the middle of each cell of a smaller grid."""
+    (height, width), (h, w) = grid, small
+    rows = (2 * torch.arange(h) + 1) * height // (2 * h)
+    columns = (2 * torch.arange(w) + 1) * width // (2 * w)
+    return (rows[:, None] * width + columns).flatten()
 
 
 def select(

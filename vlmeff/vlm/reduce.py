@@ -215,8 +215,13 @@ def _shorten(
                 f"position_ids cannot be given to {family.model_type} while its pictures are reduced: the shortened "
                 "prompt is numbered anew. Leave position_ids out."
             )
-        if positions == "keep" and not resampled:
+        if positions == "keep":
             _check_kept_positions(model, kwargs, generating=generating)
+            if any(layout.slots is not None for layouts in resampled.values() for layout in layouts):
+                raise IncompatibleError(
+                    f"positions='keep' does not go with resampled tiles of {family.model_type}, which have no place in "
+                    "the whole prompt: use positions='repack'."
+                )
             full = valid.long()
             numbers = shortening.apply(contiguous_positions(full), FILL["position_ids"])
             short["attention_mask"] = short_mask  # without it a jump would be taken for two packed sequences
