@@ -277,7 +277,8 @@ def calibrate_hiprune(
     if curve.object_layer is None:
         out.print(f"the distance never rises, so there is no turning point; the default stays: {default}")
     else:
-        out.print(f"{curve.agreement:.0%} of the pictures suggest this layer by themselves")
+        advice = "" if curve.agreement >= 0.5 else f": no clear turning point, better keep the default ({default})"
+        out.print(f"{curve.agreement:.0%} of the pictures suggest this layer by themselves{advice}", soft_wrap=True)
         out.print(f"use it with vlmeff.HiPrune(object_layer={curve.object_layer})")
     for path in (out_file, plot):
         if path is not None:

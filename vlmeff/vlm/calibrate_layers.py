@@ -1,4 +1,4 @@
-"""Measure what ``tokenpruning.hiprune_calibration`` needs: how far apart the tokens are that each vision layer looks at.
+"""Measure what ``tokenpruning.hiprune_calibration`` needs: how far apart the tokens are that a vision layer looks at.
 
 Each picture goes through the model's own encoder once, with score hooks on every layer that may be the object layer and
 one more hook that takes the embeddings: the output of the layer that is projected. The official notebook takes the last
