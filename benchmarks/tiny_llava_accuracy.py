@@ -145,17 +145,15 @@ def main() -> None:
     for label, arguments in settings():
         if label in results:
             continue
-        tokens = None
         if arguments:
             vlmeff.wrap(model, **arguments)
         scores = measure(model, processor, args, label, full=label == "unwrapped")
         if arguments:
-            plan = vlmeff.report(model).plan
-            tokens = {"in": plan.items[0].n_before, "kept": plan.items[0].n_after} if plan else None
-            state = model.__dict__[STATE].plan
-            processed = vlmeff.report(model).visual_tokens_processed
-            if tokens and processed is not None:  # of the last batch: equal pictures
-                tokens["processed"] = round(processed / vlmeff.report(model).rows, 1)
+            report, state = vlmeff.report(model), model.__dict__[STATE].plan  # of the last batch: equal pictures
+            visual = report.visual_tokens_before, report.visual_tokens_after
+            tokens = dict(zip(("in", "kept"), (n // report.rows for n in visual), strict=True))
+            if report.visual_tokens_processed is not None:
+                tokens["processed"] = round(report.visual_tokens_processed / report.rows, 1)
             vlmeff.unwrap(model)
             results[label] = {
                 "method": " + ".join(map(str, state.methods)),

@@ -12,11 +12,11 @@ lie close together, and at the critical point they scatter over the whole pictur
 tower's output, as in the official notebook. Only *which* tokens are compared changes from layer to layer, so that
 layers of different scale can be compared.
 
-The paper reads l off the plot ("turning point", "critical point"). The rule that stands here is ours. It is the
-only one of the usual ones that gives the paper's 9 for CLIP-L/14-336 on all three curves of the figure (5, 10 and 25 %
-of the tokens): the greatest second difference is misled by a bump of the 25 % curve (11), the greatest distance to the
-chord between the ends falls on the first layer behind the jump (10). A rise also says what is looked for: l is the last
-layer that attends to objects.
+The paper reads l off the plot ("turning point", "critical point"); the rule that stands here is ours. Of the usual ones
+it alone gives the paper's 9 for CLIP-L/14-336 on all three curves of the figure (5, 10 and 25 % of the tokens): the
+greatest second difference is misled by a later bump of the 25 % curve (11), the greatest distance to the chord between
+the ends falls beside the jump (10, 10 and 8). A rise also says what is looked for: l is the last layer that attends to
+objects.
 
 Letters: N tokens, D channels, L layers.
 """

@@ -71,6 +71,9 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:
-    while text and draw.textlength(text, font_size=SIZE) > WIDTH - 20:
-        text = text[:-2].rstrip(".") + "..." if len(text) > 4 else ""
-    return text
+    """``text``, cut at its end where it is wider than the chart."""
+    for length in range(len(text), -1, -1):
+        cut = text if length == len(text) else text[:length] + "..."
+        if draw.textlength(cut, font_size=SIZE) <= WIDTH - 20:
+            return cut
+    return ""

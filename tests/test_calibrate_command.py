@@ -1,0 +1,37 @@
+"""``vlmeff calibrate hiprune``, end to end on the shipped model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_calibrate_hiprune_prints_the_curve_and_writes_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmeff.cli", "calibrate", "hiprune", "--samples", "scenes", "--limit", "8"]
+        + ["--plot", str(tmp_path / "curve.png"), "--out", str(tmp_path / "layers.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "layers.json").read_text())
+    assert written["layers"] == [1, 2, 3, 4, 5, 6]  # of seven; the sixth is projected
+    assert (written["samples"], written["top"], written["default_object_layer"]) == (8, 0.1, 3)
+    assert (written["about"]["model"], written["about"]["source"]) == ("tiny-llava", "scenes")
+    rows = [line.replace("│", " ").split() for line in done.stdout.splitlines() if "│" in line]
+    assert [(int(row[0]), float(row[1])) for row in rows] == [
+        (layer, round(d, 3)) for layer, d in zip(written["layers"], written["distances"], strict=True)
+    ]
+    marked = {word.strip(","): int(row[0]) for row in rows for word in row[2:] if word.strip(",").isalpha()}
+    assert marked == {"suggested": written["object_layer"], "default": 3}
+    assert f"vlmeff.HiPrune(object_layer={written['object_layer']})" in done.stdout
+    assert "measuring tiny-llava" in done.stderr
+    assert Image.open(tmp_path / "curve.png").size == (720, 360)
