@@ -1,7 +1,7 @@
 """What a retention policy sees of a prompt and what it answers. Tensors only: no hooks, no model access.
 
-A *retained* layer is a full-attention layer; sliding, linear and sharing layers are never touched. Statistics are of one
-layer and one row of the batch, over its n real prompt tokens, oldest first: padding is never there.
+A *retained* layer is a full-attention layer; sliding, linear and sharing layers are never touched. Statistics are of
+one layer and one row of the batch, over its n real prompt tokens, oldest first: padding is never there.
 """
 
 from __future__ import annotations
