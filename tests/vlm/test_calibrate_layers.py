@@ -215,6 +215,7 @@ def test_the_file_says_the_curve_the_suggestion_and_the_default(tmp_path):
     model = tiny("qwen2_vl")
     curve = calibrate_hiprune(model, [prompts(model, [1, 1])], top=TOP)
     content = json.loads(write_layers(tmp_path / "layers.json", model, curve, {"source": "here"}).read_text())
+    assert (content["format"], content["version"]) == ("vlmeff hiprune layers", 1)
     assert content["object_layer"] == curve.object_layer
     assert content["default_object_layer"] == 2  # half of four layers
     assert content["layers"] == [1, 2, 3, 4]

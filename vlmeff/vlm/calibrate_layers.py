@@ -30,7 +30,7 @@ from vlmeff.vlm.families import Family, family_of
 from vlmeff.vlm.families.base import Kwargs, Modality, present
 from vlmeff.vlm.probe import probe
 
-FILE_FORMAT, FILE_VERSION = "vlmeff-hiprune-layers", 1
+FILE_FORMAT, FILE_VERSION = "vlmeff hiprune layers", 1
 
 
 @torch.no_grad()
