@@ -10,7 +10,7 @@ import torch
 from tiny_models import ALL_MODELS, VIDEO_MODELS, prompts, tiny, video_prompts
 
 import vlmeff
-from vlmeff.errors import ConfigError
+from vlmeff.errors import ConfigError, UnsupportedInputError
 
 METHODS = {
     "hiprune": vlmeff.HiPrune(keep=0.4),
@@ -146,3 +146,37 @@ def test_a_preset_leaves_small_requests_alone_and_a_named_method_never_does(tmp_
         vlmeff.wrap(model, "fast", tokens="hiprune")
     model(**one)
     assert vlmeff.report(model).visual_tokens_after == 12
+
+
+@pytest.mark.parametrize("keep", [(10, 4), None], ids=["counts", "ratios"])
+def test_rows_are_planned_one_by_one_where_tokens_go_between_layers(keep):
+    amounts = {"keep": keep} if keep else {"ratios": (0.3, 0.4)}
+    tokens = vlmeff.AdaptInfer(schedule=vlmeff.Schedule(layers=(0, 1), **amounts))
+    model = tiny("llava")
+    forecast, report = compare(model, prompts(model, [1, 1]), tokens)
+    assert forecast.visual_tokens_processed == pytest.approx(report.visual_tokens_processed)
+    assert forecast.kv_bytes_after == pytest.approx(report.kv_bytes, rel=0.05)
+    # q of T text rows and k of all n rows of width 32 and 16, and the text's rows of attention, at both layers.
+    assert forecast.scoring_gflops > 0
+
+
+def test_a_picture_within_its_budget_is_left_alone_beside_one_that_is_reduced():
+    model = tiny("llava_next")
+    tokens = vlmeff.HiPrune(keep=90)
+    compare(model, prompts(model, [1, 1]), tokens)
+    plans = vlmeff.report(model).plan.items
+    whole = [item for item in plans if item.layout.n_tokens <= 90]
+    assert whole
+    assert len(whole) < len(plans)
+    assert all(item.n_after == item.n_before for item in whole)
+
+
+def test_what_is_no_picture_is_refused():
+    model = tiny("llava_next")
+    for bad in (None, [], 5):
+        with pytest.raises(ConfigError, match="neither"):
+            vlmeff.plan(model, bad, None, tokens="downsample")
+    with pytest.raises(UnsupportedInputError, match="narrow"):
+        vlmeff.plan(model, (1, 1000), None, tokens="downsample")
+    with pytest.raises(ConfigError, match="cannot be prepared"):
+        vlmeff.plan(tiny("qwen2_5_vl"), (1, 1000), None, tokens="downsample")

@@ -580,7 +580,9 @@ def test_resolved_parameters_are_the_callers_own(tiny: torch.nn.Module) -> None:
 
 def test_preset_table_gives_status_and_tokens_of_the_model(tiny: torch.nn.Module) -> None:
     rows = {row.preset: row for row in zoo.preset_table(tiny)}
-    assert list(rows) == list(zoo.load_zoo().presets)
+    assert list(rows) == ["quality", "balanced", "fast", "smallest", "paper-hiprune"]
+    assert [row.preset for row in zoo.preset_table()] == list(zoo.load_zoo().presets)
+    assert "paper-fourier" in [row.preset for row in zoo.preset_table("fourier-llava-1.5-7b-144")]
     fast = rows["fast"]
     assert (fast.status, fast.tokens_in, fast.tokens_kept) == ("fixture", 324, 108)
     assert fast.steps == "hiprune(keep=0.3333, alpha=0.1, object_layer=3)"

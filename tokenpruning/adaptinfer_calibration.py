@@ -27,6 +27,7 @@ from vlmeff.errors import ConfigError, DataError
 STAGES = 3
 STEP = 0.05  # of the ratios that are searched; the last one follows from the target
 MIN_RATIO = 0.05
+TARGET = 0.3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,13 +46,16 @@ class Calibration:
     retained: float
 
 
-def calibrate(maps: Sequence[Tensor], *, target: float, first_layer: int = 1, name: str = "calibrated") -> Calibration:
+def calibrate(
+    maps: Sequence[Tensor], *, target: float | None = None, first_layer: int = 1, name: str = "calibrated"
+) -> Calibration:
     """Derive layers and ratios.
 
     Args:
         maps: per sample [n, nv] >= 0: how much attention the text gives each visual token in each layer, the same n
             for all. Rows need not be normalised: a layer counts by how much it looks at the picture at all.
-        target: mean share of the visual tokens that may be processed, in (0, 1).
+        target: mean share of the visual tokens that may be processed, in (0, 1); None: 0.3, or a tenth above what a
+            model of few layers can reach.
         first_layer: the first layer that tokens may be dropped after; at least 1, as layer 0 has no shift.
     Raises:
         ConfigError: the target cannot be met, or the model has too few layers.  DataError: no or broken samples.
@@ -62,17 +66,11 @@ def calibrate(maps: Sequence[Tensor], *, target: float, first_layer: int = 1, na
     for number, sample in enumerate(maps):
         if sample.ndim != 2 or len(sample) != n or not bool(sample.isfinite().all()) or bool((sample < 0).any()):
             raise DataError(f"calibrate: sample {number} must be [{n}, visual tokens], finite and not negative.")
-    _check_target(target)
+    target = check_target(target, layers=n, first_layer=first_layer)
     mean_shift = torch.stack([shifts(sample) for sample in maps]).mean(0)
     earliest = max(1, first_layer)
     # The layers up to the first pruning layer process everything: behind this one the target is out of reach.
     latest = math.floor((target * n - 1 - (n - 1) * MIN_RATIO) / (1 - MIN_RATIO) + 1e-9)
-    if latest < earliest:
-        low = (earliest + 1 + (n - 1 - earliest) * MIN_RATIO) / n
-        raise ConfigError(
-            f"calibrate: target={target} cannot be met: {n} layers, the first {earliest + 1} of which process all "
-            f"visual tokens, need a target of {low:.3f} or more."
-        )
     # A model of few layers gets fewer stages.
     room = 1 + (n - 2 - earliest) // max(1, n // 8)
     layers = change_points(mean_shift, first_layer=earliest, latest_first=latest, count=max(1, min(STAGES, room)))
@@ -182,9 +180,23 @@ def _last_ratio(layers: Sequence[int], head: Sequence[float], n: int, target: fl
     return last if last >= MIN_RATIO else None
 
 
-def _check_target(target: object) -> None:
+def check_target(target: object, *, layers: int, first_layer: int = 1) -> float:
+    """The target for a model of that many layers; raises ``ConfigError`` when it is none or out of its reach.
+
+    None: ``TARGET``, or a tenth above what a model of few layers can reach.
+    """
+    earliest = max(1, first_layer)
+    low = (earliest + 1 + (layers - 1 - earliest) * MIN_RATIO) / layers
+    if target is None:
+        return max(TARGET, min(0.95, math.ceil(20 * (low + 0.1)) / 20))
     if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1:
         raise ConfigError(f"calibrate: target={target!r} must be a share in (0, 1) of the visual tokens.")
+    if target < low - 1e-9:
+        raise ConfigError(
+            f"calibrate: target={target} cannot be met: {layers} layers, the first {earliest + 1} of which process all "
+            f"visual tokens, need a target of {low:.3f} or more."
+        )
+    return float(target)
 
 
 class _Retained:

@@ -52,12 +52,28 @@ def split_budget(budget: Budget, sizes: Sequence[int], shares: Sequence[int] | N
 
     A share applies to each segment; an int is the whole picture's (or clip's) and is divided by the number of tiles, as
     HiPrune does (of that picture only: the official code divides by the tiles of the whole batch). A segment that
-    stands for several tiles gets as many parts (``shares``).
+    stands for several tiles gets as many parts (``shares``). What a tile cannot use (its padding was cut off) goes to
+    the others. Every segment keeps one token at least.
     """
     shares = [1] * len(sizes) if shares is None else shares
     if isinstance(budget, PerFrame):
         return [tokens_to_keep(budget.tokens * part, n) for n, part in zip(sizes, shares, strict=True)]
     if isinstance(budget, int):
-        each = budget // sum(shares)
-        return [tokens_to_keep(max(1, each * part), n) for n, part in zip(sizes, shares, strict=True)]
+        if budget >= sum(sizes):
+            return list(sizes)
+        each = max(1, budget // sum(shares))
+        return _fill(each * sum(shares), [each * part for part in shares], sizes)
     return [tokens_to_keep(budget, n) for n in sizes]
+
+
+def _fill(total: int, wanted: list[int], sizes: Sequence[int]) -> list[int]:
+    """``wanted`` limited to ``sizes``; what is left of ``total`` evenly to those with room, first ones first."""
+    out = [min(k, n) for k, n in zip(wanted, sizes, strict=True)]
+    left = min(total, sum(sizes)) - sum(out)
+    while left > 0:
+        room = [i for i, n in enumerate(sizes) if out[i] < n]
+        for place, i in enumerate(room):
+            more = min(sizes[i] - out[i], left // len(room) + (place < left % len(room)))
+            out[i] += more
+        left = min(total, sum(sizes)) - sum(out)
+    return out

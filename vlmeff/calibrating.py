@@ -78,7 +78,7 @@ def calibrate_schedule(
     *,
     question: str,
     limit: int,
-    target: float,
+    target: float | None,
     device: str | None,
     dtype: str,
     progress: Callable[[int], None],

@@ -202,7 +202,9 @@ def calibrate_adaptinfer(
         "Describe the picture in detail."
     ),
     limit: Annotated[int, typer.Option(min=1, help="Most samples to take; the paper used about 1000.")] = 200,
-    target: Annotated[float, typer.Option(help="Mean share of the visual tokens processed, over the layers.")] = 0.3,
+    target: Annotated[
+        float | None, typer.Option(help="Mean share of the visual tokens processed, over the layers; 0.3 if possible.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:

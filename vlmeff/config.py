@@ -69,6 +69,7 @@ def make_plan(
     options = {name: overrides[name] for name in OPTIONS if name in overrides}
     overrides = {name: value for name, value in overrides.items() if name not in OPTIONS}
     _check_options(options)
+    asked = list(options)
     entry: str | None = None
     chosen: list[Method] = []
     if preset is not None:
@@ -89,14 +90,11 @@ def make_plan(
     if record is not None and record.positions is not None:
         options.setdefault("positions", record.positions)
     chosen = _override(_named_methods(tokens, chosen, record), overrides)
-    before = [method for method in chosen if not isinstance(method, InnerPruner)]
-    inside = [method for method in chosen if isinstance(method, InnerPruner)]
-    if len(before) > 1 or len(inside) > 1:
-        names = " and ".join(methods.name_of(method) for method in (before if len(before) > 1 else inside))
-        raise ConfigError(
-            f"tokens: {names} cannot be combined; use one method before the language model and one inside it."
-        )
+    before, inside = _places(chosen)
     if not chosen:
+        if tokens is not None or asked:
+            what = "tokens=[]" if tokens is not None else f"{asked[0]}=..."
+            raise ConfigError(f"wrap: {what} names no token method; pass tokens='hiprune', for example.")
         return Plan(preset=preset, entry=entry), None
     if not is_vlm(model):
         if tokens is not None:
@@ -144,7 +142,19 @@ def make_method(name: str, arguments: dict[str, Any]) -> Method:
 def check_methods(steps: Sequence[zoo.Step], tokens: TokensArgument | None, overrides: dict[str, Any]) -> None:
     """Raise what ``make_plan`` would raise of the methods alone, before a model is loaded."""
     chosen = [make_method(step.method, {**step.budget(), **step.params}) for step in steps]
-    _override(_named_methods(tokens, chosen, None), {k: v for k, v in overrides.items() if k not in OPTIONS})
+    _places(_override(_named_methods(tokens, chosen, None), {k: v for k, v in overrides.items() if k not in OPTIONS}))
+
+
+def _places(chosen: list[Method]) -> tuple[list[Selector | Resampler], list[InnerPruner]]:
+    """The methods before the language model and inside it, one of each at most."""
+    before = [method for method in chosen if not isinstance(method, InnerPruner)]
+    inside = [method for method in chosen if isinstance(method, InnerPruner)]
+    if len(before) > 1 or len(inside) > 1:
+        names = " and ".join(methods.name_of(method) for method in (before if len(before) > 1 else inside))
+        raise ConfigError(
+            f"tokens: {names} cannot be combined; use one method before the language model and one inside it."
+        )
+    return before, inside
 
 
 def _named_methods(tokens: TokensArgument | None, of_preset: list[Method], record: ModelRecord | None) -> list[Method]:
@@ -200,7 +210,9 @@ def _check_options(options: dict[str, Any]) -> None:
     threshold = options.get("min_visual_tokens", 0)
     if type(threshold) is not int or threshold < 0:
         raise ConfigError(f"wrap: min_visual_tokens={threshold!r} must be an int >= 0.")
-    if "text_source" in options and not callable(getattr(options["text_source"], "relevance", None)):
+    if "text_source" in options and (
+        isinstance(options["text_source"], type) or not callable(getattr(options["text_source"], "relevance", None))
+    ):
         raise ConfigError(
             f"wrap: text_source={options['text_source']!r} must be a text source such as vlmeff.EmbeddingText()."
         )

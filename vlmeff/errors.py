@@ -93,6 +93,36 @@ class NonFiniteScoreError(VlmeffError, FloatingPointError):
     exit_code = 4
 
 
+class BudgetTooSmallError(VlmeffError, ValueError):
+    """A KV budget is smaller than what has to stay: the protected tokens and one more in each layer."""
+
+
+class RecipeFormatError(VlmeffError, ValueError):
+    """A KV recipe file cannot be read, or breaks its format."""
+
+    exit_code = 3
+
+
+class RecipeMismatchError(VlmeffError, ValueError):
+    """A KV recipe was made for a model of another geometry."""
+
+    exit_code = 4
+
+
+class UnsupportedCacheError(VlmeffError, TypeError):
+    """KV retention cannot work with this kind of cache, or without one."""
+
+    exit_code = 4
+
+
+class UnsupportedMaskError(VlmeffError, ValueError):
+    """KV retention cannot work with an attention mask of this form."""
+
+
+class RetentionStateError(VlmeffError, RuntimeError):
+    """A retained cache is asked for what is not in it any more, or is used without what it needs."""
+
+
 class ModelLoadError(VlmeffError, OSError):
     """A model's files are missing, broken or out of reach."""
 

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from tokenpruning import InnerPruner, Layout, Resampler, Selector
 from vlmeff.config import Plan, TokensArgument, make_plan
-from vlmeff.errors import ConfigError
+from vlmeff.errors import ConfigError, VlmeffError
 from vlmeff.reporting import format_bytes
 from vlmeff.vlm.choose import budgets_of
-from vlmeff.vlm.cost import column_mean_flops, kv_bytes, prefill_flops
+from vlmeff.vlm.cost import column_mean_flops, head_dim, kv_bytes, kv_heads, prefill_flops
 from vlmeff.vlm.families import Family
 from vlmeff.vlm.families.base import Modality, present
+from vlmeff.vlm.reduce import rows_with_pictures
 
 Size = tuple[int, int]
 
@@ -27,7 +28,8 @@ class Forecast:
     Tokens are those of all rows together. ``visual_tokens_after`` is what reaches the language model;
     ``visual_tokens_processed`` is its average over the layers, lower where tokens are dropped between layers.
     ``kv_bytes`` and ``prefill_gflops`` are of the prompt in the language model; ``scoring_gflops`` is what choosing
-    tokens adds to the vision tower (a lower bound: pooling and sorting are left out).
+    tokens adds: attention of vision layers, comparison of all tokens, attention rows of the text between layers (a
+    lower bound: pooling, sorting and a text source's CLIP are left out).
     """
 
     method: str
@@ -88,24 +90,31 @@ def plan(
     settings, family = make_plan(model, preset, tokens=tokens, unavailable={}, overrides=overrides)
     if family is None:
         raise ConfigError("plan: neither the preset nor tokens=... names a token step, so there is nothing to plan.")
-    layouts, rows, prompt, pictures = _request(model, family, inputs_or_size, text_tokens)
+    layouts, rows, pictured, prompt, pictures = _request(model, family, inputs_or_size, text_tokens)
     everything = [layout for group in layouts.values() for layout in group]
     before = sum(layout.n_slots for layout in everything)
     config = model.config.get_text_config()
     width = next(iter(model.parameters())).element_size()
     threshold = settings.reduction.min_visual_tokens
-    skipped = before < threshold * rows
+    skipped = before < threshold * pictured
     after = before if skipped else _kept(model, family, settings, layouts, pictures)
     text = prompt - before
 
-    per_layer = _per_layer(settings.inner, after, config.num_hidden_layers)
+    # As the report counts: rows taken as equally long (between layers they must have equally many visual tokens).
+    per_row = _per_layer(settings.inner, round(after / rows), config.num_hidden_layers)
+    per_layer = [n * rows for n in per_row] if settings.inner is not None else [after] * len(per_row)
     short = [round((text + n) / rows) for n in per_layer]
     full = round(prompt / rows)
     gflops_before = rows * prefill_flops(config, full) / 1e9
     gflops_after = rows * prefill_flops(config, short) / 1e9
-    scoring = 0.0 if skipped else _scoring_gflops(model, family, settings, everything)
+    scoring = 0.0
+    if not skipped:
+        scoring = _scoring_gflops(model, family, settings, everything)
+        scoring += rows * _inner_scoring_gflops(config, settings.inner, round(after / rows), round(text / rows))
     saved = gflops_before - gflops_after
-    if skipped:
+    if before == 0:
+        pays_off, why = False, "there are no visual tokens"
+    elif skipped:
         pays_off, why = False, f"fewer than {threshold} visual tokens per row: the token step is skipped"
     elif after == before and settings.inner is None:
         pays_off, why = False, "the budget keeps every token"
@@ -133,8 +142,9 @@ def plan(
 
 def _request(
     model: Any, family: Family, what: Any, text_tokens: int
-) -> tuple[dict[Modality, list[Layout]], int, int, Mapping[str, Any]]:
-    """The layouts of the pictures, the number of rows, the tokens of all prompts, and what describes the pictures."""
+) -> tuple[dict[Modality, list[Layout]], int, int, int, Mapping[str, Any]]:
+    """The layouts of the pictures, the number of rows, of those with pictures, the tokens of all prompts, and what
+    describes the pictures."""
     if isinstance(what, Mapping):
         ids = what.get("input_ids")
         if not isinstance(ids, Tensor):
@@ -142,7 +152,12 @@ def _request(
         family.refuse_unsupported(model, what)
         layouts = {modality: family.layouts(model, what, modality) for modality in present(what)}
         mask = what.get("attention_mask")
-        return layouts, len(ids), ids.numel() if mask is None else int(mask.sum()), what
+        pictured = rows_with_pictures(model, family, ids, list(layouts))
+        return layouts, len(ids), pictured, ids.numel() if mask is None else int(mask.sum()), what
+    if not isinstance(what, Sequence) or not what:
+        raise ConfigError(
+            f"plan: {what!r} is neither the processor's inputs nor a picture's (height, width) in pixels."
+        )
     sizes = [what] if len(what) == 2 and all(isinstance(n, int) for n in what) else list(what)
     for size in sizes:
         legal = isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
@@ -150,9 +165,14 @@ def _request(
             raise ConfigError(f"plan: {size!r} is not a picture's (height, width) in pixels.")
     if type(text_tokens) is not int or text_tokens < 0:
         raise ConfigError(f"plan: text_tokens={text_tokens!r} must be an int >= 0.")
-    of_sizes = [family.layout_of_size(model, height, width) for height, width in sizes]
+    try:
+        of_sizes = [family.layout_of_size(model, height, width) for height, width in sizes]
+    except VlmeffError:
+        raise
+    except ValueError as error:  # of transformers' resizing
+        raise ConfigError(f"plan: {what!r} cannot be prepared by the model's processor: {error}") from error
     prompt = text_tokens + sum(layout.n_slots for layout in of_sizes)
-    return {"image": of_sizes}, 1, prompt, {"image_sizes": sizes}
+    return {"image": of_sizes}, 1, 1, prompt, {"image_sizes": sizes}
 
 
 def _kept(
@@ -192,8 +212,23 @@ def _scoring_gflops(model: Any, family: Family, settings: Plan, layouts: list[La
     layers = family.score_layers(model, method.needs, getattr(method, "object_layer", None))
     patches = family.patches_per_token(model)
     out = 0
+    if "features" in method.needs:  # every token is compared with every other
+        width = model.config.get_text_config().hidden_size
+        out += sum(2 * (h * w) ** 2 * width for layout in layouts for h, w in layout.grids)
     for module in layers.values():
         linear: Any = getattr(module, "q_proj", None) or getattr(module, "qkv", None)
         sizes = [h * w * patches for layout in layouts for h, w in layout.grids]
         out += sum(column_mean_flops(linear.in_features, n) for n in sizes)
+    return out / 1e9
+
+
+def _inner_scoring_gflops(config: Any, inner: InnerPruner | None, visual: int, text: int) -> float:
+    """One row: q of the text and k of everything again at each pruning layer, and the text's attention rows."""
+    if inner is None:
+        return 0.0
+    hidden, q_width = config.hidden_size, config.num_attention_heads * head_dim(config)
+    per_layer, out = inner.visual_per_layer(visual, config.num_hidden_layers), 0
+    for layer in inner.layers:
+        n = text + per_layer[layer]
+        out += 2 * hidden * (text * q_width + n * kv_heads(config) * head_dim(config)) + 2 * 2 * text * n * q_width
     return out / 1e9

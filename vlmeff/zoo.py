@@ -196,12 +196,17 @@ def resolve(model: object, preset: str) -> ResolvedPreset:
 
 
 def preset_table(model: object = None) -> list[PresetRow]:
-    """Every preset of the zoo, with steps, status and tokens for ``model`` (as in ``find_model``) where known."""
+    """Every preset of the zoo, with steps, status and tokens for ``model`` (as in ``find_model``) where known.
+
+    Presets that reproduce a paper are left out for models that it is not of.
+    """
     zoo = load_zoo()
     record = None if model is None else find_model(model)
     rows = []
     for name, preset in zoo.presets.items():
         entry = _entry_of(zoo, record, name)
+        if record is not None and entry is None and name.startswith("paper-"):
+            continue  # its paper has nothing for this model
         steps = _steps(preset, record, entry)
         tokens_in = tokens_kept = None
         if entry is not None and isinstance(entry.tokens, KeptTokens):

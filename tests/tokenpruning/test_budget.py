@@ -41,7 +41,9 @@ def test_a_share_is_rounded_half_to_even_and_never_to_nothing(share, n, kept):
 
 def test_an_int_budget_is_divided_over_the_tiles_of_a_picture_and_a_share_is_not():
     assert split_budget(640, [576] * 5) == [128] * 5
-    assert split_budget(100, [16, 576]) == [16, 50]
+    assert split_budget(100, [16, 576]) == [16, 84]  # what a tile cannot use goes to the others
+    assert split_budget(130, [36, 24, 24, 24]) == [36, 24, 24, 24]
+    assert split_budget(100, [36, 24, 24, 24]) == [28, 24, 24, 24]
     assert split_budget(3, [36] * 5) == [1] * 5
     assert split_budget(0.25, [16, 40]) == [4, 10]
     # A mosaic of four tiles in one segment gets the part of four.

@@ -338,3 +338,40 @@ def test_another_conversation_on_the_cache_of_a_shortened_prompt_is_refused():
     cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).past_key_values
     with refused(model, IncompatibleError, r"past_key_values.*does not begin with that prompt"):
         model.generate(input_ids=inputs["input_ids"].flip(1), past_key_values=cache, max_new_tokens=2)
+
+
+class _Answers:
+    def __init__(self, answer):
+        self.answer = answer
+
+    def relevance(self, question):
+        return self.answer(question)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda q: [torch.rand(5) for _ in q.grids],
+        lambda q: [torch.rand(200) for _ in q.grids],
+        lambda q: torch.rand(36),
+        lambda q: [],
+        lambda q: None,
+        lambda q: [torch.rand(6, 6)],
+    ],
+)
+def test_a_text_source_that_answers_something_else_is_named(answer):
+    model = vlmeff.wrap(tiny_llava(), None, tokens=vlmeff.TextTopK(keep=0.3), text_source=_Answers(answer))
+    with refused(model, ConfigError, r"text_source.*_Answers.*\[36\]"):
+        model(**llava_inputs(model, [1]))
+    source = _Answers(lambda q: [q.tower_features()[:, 0]])
+    vlmeff.wrap(model, None, tokens=vlmeff.TextTopK(keep=0.3), text_source=source)
+    with refused(model, ConfigError, "uses_tower = True"):
+        model(**llava_inputs(model, [1]))
+
+
+def test_options_without_a_method_are_refused():
+    for arguments in ({"tokens": []}, {"positions": "keep"}, {"newline": "rows"}):
+        with pytest.raises(ConfigError, match=r"names no token method"):
+            vlmeff.wrap(tiny_llava(), None, **arguments)
+    with pytest.raises(ConfigError, match="text_source"):
+        vlmeff.wrap(tiny_llava(), None, tokens="text", text_source=vlmeff.EmbeddingText)

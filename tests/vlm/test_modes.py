@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -454,3 +455,21 @@ def test_a_later_turn_that_does_not_fit_its_cache_is_an_error(name, change):
         arguments = {"input_ids": ids, "past_key_values": out.past_key_values}
     with pytest.raises(IncompatibleError, match="past_key_values"):
         wrapped.generate(**arguments, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("how", ["argument", "config"])
+@every_model
+@torch.no_grad()
+def test_padding_that_only_the_call_names_is_not_looked_at(name, how):
+    model = vlmeff.wrap(tiny(name), None, tokens=vlmeff.HiPrune(keep=0.4))
+    inputs = prompts(model, [1, 2])
+    expected = model.generate(**inputs, max_new_tokens=4)
+    pad, model.generation_config.pad_token_id = model.generation_config.pad_token_id, None
+    bare = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    if how == "argument":
+        out = model.generate(**bare, max_new_tokens=4, pad_token_id=pad)
+    else:
+        config = copy.deepcopy(model.generation_config)
+        config.pad_token_id, config.max_new_tokens = pad, 4
+        out = model.generate(**bare, generation_config=config)
+    assert torch.equal(out, expected)

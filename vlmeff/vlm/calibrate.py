@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpruning.adaptinfer import write_schedule
-from tokenpruning.adaptinfer_calibration import Calibration, calibrate
+from tokenpruning.adaptinfer_calibration import Calibration, calibrate, check_target
 from vlmeff import ops
 from vlmeff.errors import DataError, IncompatibleError
 from vlmeff.vlm.families import family_of
@@ -26,7 +26,7 @@ def calibrate_adaptinfer(
     model: Any,
     samples: Iterable[Mapping[str, Any]],
     *,
-    target: float = 0.3,
+    target: float | None = None,
     name: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
@@ -36,7 +36,7 @@ def calibrate_adaptinfer(
         model: an unwrapped transformers VLM of a supported family, in eval mode.
         samples: outputs of its processor, one prompt or a batch each, pictures before the question. A few hundred of
             the kind that the model will see; the paper used about 1000. Held: layers * visual tokens floats each.
-        target: mean share of the visual tokens that may be processed, averaged over layers.
+        target: mean share of the visual tokens that may be processed, averaged over layers; None: 0.3 where possible.
         name: of the schedule; what the model was loaded from when None.
         progress: called with the number of prompts measured so far.
     Raises:
@@ -50,6 +50,7 @@ def calibrate_adaptinfer(
     family = family_of(model)
     text_model: Any = family.text_model(model)
     check_layers(text_model)
+    target = check_target(target, layers=len(text_model.layers), first_layer=first_legal_layer(model))
     ids = [family.placeholder_id(model, "image")]
     if "video" in family.encoder_inputs:
         ids.append(family.placeholder_id(model, "video"))

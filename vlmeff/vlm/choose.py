@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenpruning import ItemPlan, Layout, Resampler, Segment, Selection, Selector, split_budget
 from tokenpruning.layout import Grid, Newline
 from tokenpruning.plan import all_of
-from vlmeff.errors import IncompatibleError, NonFiniteScoreError
+from vlmeff.errors import ConfigError, IncompatibleError, NonFiniteScoreError
 from vlmeff.vlm.families.base import Encoded, Family, Kwargs, Modality
 from vlmeff.vlm.probe import probe
 from vlmeff.vlm.relevance import Question, TextSource
@@ -114,12 +114,14 @@ def select(
         picks = []
         for part, segment in enumerate(_segments(selector, layout, item, places)):
             of_segment = {name: pictures[number][part].to(item.device) for name, pictures in scores.items()}
-            whole = Segment(grid=segment.grid, scores=of_segment, features=segment.features, device=item.device)
+            scored = Segment(grid=segment.grid, scores=of_segment, features=segment.features, device=item.device)
             k = budgets[number][part]
-            picks.append(all_of(whole) if k == whole.size else selector.select(whole, k))
+            picks.append(all_of(scored) if k == scored.size else selector.select(scored, k))
         parts = list(layout.segments(places))
         kept_places = torch.cat([part[pick.index] for part, pick in zip(parts, picks, strict=True)])
-        kept = layout.kept_slots(kept_places, newline)
+        # A picture that fits its budget is left alone, as it is when nothing else is reduced beside it.
+        whole = budgets[number] == layout.sizes
+        kept = layout.kept_slots(kept_places, "keep" if whole else newline)
         plans.append(ItemPlan(layout=layout, kept=kept, selections=picks, modality=modality))
         items.append(_take(item, parts, picks, kept))
         for out, layer in zip(deep, encoded.deep, strict=True):
@@ -175,12 +177,29 @@ def _relevance(
             features=item[layout.places(item.device)],
             grids=layout.grids,
             embed=model.get_input_embeddings(),
-            tower_features=lambda number=number: torch.cat(tower)[number],  # type: ignore[misc]
+            tower_features=lambda number=number: _tower_of(tower, number),  # type: ignore[misc]
             pixels=lambda number=number: family.pixels(model, kwargs, modality)[number],  # type: ignore[misc]
         )
         with torch.no_grad():
-            out.append(source.relevance(question))
+            out.append(_checked(source.relevance(question), layout, source))
     return out
+
+
+def _checked(scores: Any, layout: Layout, source: TextSource) -> list[Tensor]:
+    """What a text source answered, or a clear error: sources may be the caller's own."""
+    fits = isinstance(scores, list | tuple) and len(scores) == len(layout.grids)
+    if not fits or any(not isinstance(s, Tensor) or s.shape != (n,) for s, n in zip(scores, layout.sizes, strict=True)):
+        raise ConfigError(
+            f"text_source: {type(source).__name__}.relevance must return one tensor [H * W] per segment, here of sizes "
+            f"{layout.sizes}."
+        )
+    return [s.float() for s in scores]
+
+
+def _tower_of(tower: list[Tensor], number: int) -> Tensor:
+    if not tower:
+        raise ConfigError("text_source: a source that calls tower_features must have the attribute uses_tower = True.")
+    return torch.cat(tower)[number]
 
 
 def _check_finite(scores: dict[str, list[list[Tensor]]]) -> None:
@@ -188,8 +207,9 @@ def _check_finite(scores: dict[str, list[list[Tensor]]]) -> None:
         flat = [torch.cat(segments) for segments in pictures]
         if not bool(torch.cat(flat).isfinite().all()):
             number = next(i for i, s in enumerate(flat) if not bool(s.isfinite().all()))
+            part = next(i for i, s in enumerate(pictures[number]) if not bool(s.isfinite().all()))
             where = "relevance to the question is" if name == "text" else f"attention scores of the {name} layer are"
             raise NonFiniteScoreError(
-                f"the {where} not finite for picture {number}: activations overflowed. Load the model in bfloat16 or "
-                "float32."
+                f"the {where} not finite for picture {number}, segment {part}: activations overflowed. Load the model "
+                "in bfloat16 or float32."
             )

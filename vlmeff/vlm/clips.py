@@ -276,7 +276,8 @@ def token_grid(size: Size, token_side: int) -> tuple[int, int]:
 
 
 def fit(size: Size, tokens: int, token_side: int) -> Size:
-    """The largest size in px of whole tokens, about in shape, with at most ``tokens`` of them; never above ``size``."""
+    """The largest size in px of whole tokens, about in shape, with at most ``tokens`` of them; never above ``size``
+    rounded up to whole tokens."""
     rows, columns = token_grid(size, token_side)
     if rows * columns <= tokens:
         return rows * token_side, columns * token_side

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from tokenpruning.adaptinfer import Schedule
 from vlmeff.errors import ConfigError, IncompatibleError, UnsupportedInputError, UnsupportedModelError
 from vlmeff.vlm.inner import INNER_RECORD, InnerPruning
+from vlmeff.vlm.settings import generation_setting, mask_of_padding
 from vlmeff.vlm.voters import visual_rows
 
 # Their layers compute q and k as ``voters.query_key`` does, full causal attention.
@@ -113,7 +114,7 @@ def prepare(
     check_request(model, text_model, kwargs, generating=generating)
     mask = kwargs.get("attention_mask")
     if mask is None and generating:
-        mask = _mask_of_padding(model, kwargs)
+        mask = mask_of_padding(model, kwargs)
     rows = visual_rows(visual, mask)
     return None if rows is None else InnerPruning(text_model, schedule, rows)
 
@@ -181,7 +182,7 @@ def _check_cache(cache: Any, *, pictures: bool) -> None:
 
 def _check_generation(model: Any, kwargs: Mapping[str, Any]) -> None:
     def value(name: str) -> Any:
-        return _setting(model, kwargs, name)
+        return generation_setting(model, kwargs, name)
 
     assisted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
     for name in (*assisted, "prefill_chunk_size", "custom_generate", "dola_layers"):
@@ -205,23 +206,6 @@ def _check_generation(model: Any, kwargs: Mapping[str, Any]) -> None:
             "AdaptInfer without a cache runs the prompt again at every step, and beams would swap their pictures' "
             "tokens: use use_cache=True or num_beams=1."
         )
-
-
-def _setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A generation setting as ``generate`` will find it: an argument, the given config's, or the model's."""
-    given = kwargs.get("generation_config")
-    places = [kwargs, *(vars(config) for config in (given, model.generation_config) if config is not None)]
-    return next((place[name] for place in places if place.get(name) is not None), None)
-
-
-def _mask_of_padding(model: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The mask that ``generate`` infers from padding ids when none is given."""
-    pad, eos = (_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
-    ends = eos.flatten().tolist() if isinstance(eos, Tensor) else eos if isinstance(eos, list) else [eos]
-    if pad is None or int(pad) in ends:
-        return None
-    mask: Tensor = kwargs["input_ids"] != int(pad)
-    return mask
 
 
 def _compiled(module: Any) -> bool:

@@ -25,6 +25,7 @@ from vlmeff.vlm.families.base import MODALITIES, Family, Modality, Positions, pr
 from vlmeff.vlm.prompt import FILL, contiguous_positions, keep_mask, plan_shortening
 from vlmeff.vlm.record import PromptRecord, ShortRequest, continue_shortened, record_of
 from vlmeff.vlm.relevance import EmbeddingText, TextSource
+from vlmeff.vlm.settings import generation_setting, mask_of_padding
 
 logger = logging.getLogger("vlmeff")
 
@@ -37,7 +38,7 @@ class Reduction:
     ``text_source``: what scores tokens against the question, for methods that need it.
     ``positions``: how the surviving tokens of models with one-dimensional positions are numbered: "repack" from 0
     without gaps, "keep" as in the whole prompt; None takes the family's own.
-    ``min_visual_tokens``: below this many visual tokens per row nothing is reduced.
+    ``min_visual_tokens``: below this many visual tokens, averaged over the rows with pictures, nothing is reduced.
     """
 
     method: Selector | Resampler | None = None
@@ -101,11 +102,12 @@ def shorten_request(
         if isinstance(method, Selector) and isinstance(method.keep, int):
             logger.info("vlmeff: the budget of %d tokens is not below what a picture has: all are kept", method.keep)
         return Untouched(untouched)
-    if untouched.n_before < reduction.min_visual_tokens * len(input_ids):
+    rows = rows_with_pictures(model, family, input_ids, modalities)
+    if untouched.n_before < reduction.min_visual_tokens * rows:
         logger.info(
             "vlmeff: %d visual tokens in %d rows are below the preset's min_visual_tokens=%d: not reduced",
             untouched.n_before,
-            len(input_ids),
+            rows,
             reduction.min_visual_tokens,
         )
         return Untouched(untouched, skipped=True)
@@ -143,6 +145,14 @@ def _reduce(
         text_after=lambda number: text_after(kwargs, family, model, token_id, rows[number]),
         lock=lock,
     )
+
+
+def rows_with_pictures(model: Any, family: Family, input_ids: Tensor, modalities: Sequence[Modality]) -> int:
+    """Rows of [B, L] ids that have placeholders."""
+    found = torch.zeros_like(input_ids, dtype=torch.bool)
+    for modality in modalities:
+        found |= input_ids == family.placeholder_id(model, modality)
+    return int(found.any(1).sum())
 
 
 def rows_of_items(input_ids: Tensor, token_id: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -188,7 +198,7 @@ def _shorten(
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise UnsupportedInputError("attention_mask must be [B, L] where pictures are reduced.")
     if mask is None and generating:
-        mask = _mask_of_padding(model, input_ids)
+        mask = mask_of_padding(model, kwargs)
     valid = torch.ones_like(keep) if mask is None else mask.to(keep.device).bool()
     if mask is not None and bool((~valid[:, -1]).any()):
         warnings.warn("vlmeff: right padding is converted to left padding in the shortened prompt.", stacklevel=5)
@@ -210,10 +220,10 @@ def _shorten(
     resampled = {modality: part.new_layouts for modality, part in reduced.items() if part.new_layouts is not None}
     given = kwargs.get("position_ids")
     if family.positions == "repack":
-        if given is not None:
+        if given is not None and positions == "repack":
             raise IncompatibleError(
                 f"position_ids cannot be given to {family.model_type} while its pictures are reduced: the shortened "
-                "prompt is numbered anew. Leave position_ids out."
+                "prompt is numbered anew. Leave position_ids out, or use positions='keep'."
             )
         if positions == "keep":
             _check_kept_positions(model, kwargs, generating=generating)
@@ -222,13 +232,14 @@ def _shorten(
                     f"positions='keep' does not go with resampled tiles of {family.model_type}, which have no place in "
                     "the whole prompt: use positions='repack'."
                 )
-            full = valid.long()
-            numbers = shortening.apply(contiguous_positions(full), FILL["position_ids"])
+            full = contiguous_positions(valid.long()) if given is None else given.expand(len(input_ids), -1)
+            numbers = shortening.apply(full, FILL["position_ids"])
             short["attention_mask"] = short_mask  # without it a jump would be taken for two packed sequences
         elif shortening.padded:
             numbers = contiguous_positions(short_mask)
         if numbers is not None and (positions == "keep" or not generating):
-            short["position_ids"] = numbers if generating else numbers + family.first_position
+            ready = generating or given is not None  # generate adds the first position itself
+            short["position_ids"] = numbers if ready else numbers + family.first_position
     else:
         if resampled:
             if given is not None:
@@ -269,9 +280,7 @@ def _check_kept_positions(model: Any, kwargs: dict[str, Any], *, generating: boo
             f"positions='keep' leaves gaps, which attention {implementation!r} takes for borders of packed sequences: "
             "use model.set_attn_implementation('sdpa') or positions='repack'."
         )
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
-    if generating and use_cache is False:
+    if generating and generation_setting(model, kwargs, "use_cache") is False:
         raise IncompatibleError("positions='keep' needs generate's cache: use use_cache=True or positions='repack'.")
 
 
@@ -286,15 +295,6 @@ def _multi_positions(model: Any, family: Family, kwargs: dict[str, Any]) -> Tens
         )
     given = given.expand(-1, len(kwargs["input_ids"]), -1)
     return torch.cat([given[:1], given]) if given.shape[0] == 3 else given.clone()
-
-
-def _mask_of_padding(model: Any, input_ids: Tensor) -> Tensor | None:
-    """The mask that ``generate`` infers from padding ids when none is given."""
-    config = getattr(model, "generation_config", None)
-    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-    if pad is None or pad == eos or (isinstance(eos, list) and pad in eos) or not bool((input_ids == pad).any()):
-        return None
-    return (input_ids != pad).long()
 
 
 def _pad_id(model: Any, input_ids: Tensor) -> int:

@@ -6,11 +6,9 @@ instance is concerned. ``detach`` swaps it back.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vlmeff.config import Plan
 from vlmeff.errors import UnsupportedInputError
@@ -30,6 +28,13 @@ from vlmeff.vlm.inner_request import prepare
 from vlmeff.vlm.prompt import plan_shortening
 from vlmeff.vlm.record import RECORD, ShortRequest, attach_record
 from vlmeff.vlm.reduce import Untouched, shorten_request
+from vlmeff.vlm.restoring import (
+    CallersPrompt,
+    PromptRestoringStreamer,
+    RestoringCriterion,
+    RestoringProcessor,
+    reduce_total_lengths,
+)
 
 STATE = "_vlmeff"
 
@@ -203,22 +208,22 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     short = dict(named) if isinstance(request, Untouched) else dict(request.kwargs)
     inner = _inner(model, state, short, request, generating=True)
     input_ids = short.get("input_ids")
-    prompt: _CallersPrompt | None = None
+    prompt: CallersPrompt | None = None
     if isinstance(request, ShortRequest):
-        _reduce_total_lengths(model, short, request.dropped)
-        prompt = _CallersPrompt(request.prompt_ids, short["input_ids"].shape[1])
+        reduce_total_lengths(model, short, request.dropped)
+        prompt = CallersPrompt(request.prompt_ids, short["input_ids"].shape[1])
         if short.get("stopping_criteria"):
             given = short["stopping_criteria"]
             given = given if isinstance(given, list) else [given]
-            short["stopping_criteria"] = StoppingCriteriaList(_RestoringCriterion(c, prompt) for c in given)
+            short["stopping_criteria"] = StoppingCriteriaList(RestoringCriterion(c, prompt) for c in given)
         if short.get("logits_processor"):
             short["logits_processor"] = LogitsProcessorList(
-                _RestoringProcessor(p, prompt) for p in short["logits_processor"]
+                RestoringProcessor(p, prompt) for p in short["logits_processor"]
             )
         if short.get("prefix_allowed_tokens_fn") is not None:
             short["prefix_allowed_tokens_fn"] = prompt.restoring_prefix_fn(short["prefix_allowed_tokens_fn"])
         if short.get("streamer") is not None:
-            short["streamer"] = _PromptRestoringStreamer(short["streamer"], request.prompt_ids)
+            short["streamer"] = PromptRestoringStreamer(short["streamer"], request.prompt_ids)
     if input_ids is not None:
         cache = short.get("past_key_values")
         meter.expect(input_ids.shape[1] - (int(cache.get_seq_length()) if cache is not None else 0))
@@ -300,75 +305,6 @@ def _check_logits_to_keep(named: dict[str, Any]) -> None:
             "logits_to_keep as a tensor names columns of the unshortened prompt: pass an int (the last columns), or "
             "select from the logits with outputs.vlmeff_keep."
         )
-
-
-def _reduce_total_lengths(model: Any, kwargs: dict[str, Any], dropped: int) -> None:
-    """``max_length`` and ``min_length`` count the prompt: take what it lost off them."""
-    config = kwargs.get("generation_config") or model.generation_config
-    changed = {}
-    for name in ("max_length", "min_length"):
-        places = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
-        value = next((v for v in places if v is not None), None)
-        if value:
-            changed[name] = max(value - dropped, 0)
-    if not changed:
-        return
-    if kwargs.get("generation_config") is not None and not changed.keys() & kwargs.keys():
-        config = copy.deepcopy(config)
-        for name, value in changed.items():
-            setattr(config, name, value)
-        kwargs["generation_config"] = config
-    else:
-        kwargs.update(changed)
-
-
-@dataclass(frozen=True, eq=False)
-class _CallersPrompt:
-    """Turns the shortened prompt at the head of ``input_ids`` back into the caller's, for the caller's own objects."""
-
-    prompt_ids: Tensor
-    short_width: int
-
-    def restore(self, input_ids: Tensor) -> Tensor:
-        prompt = self.prompt_ids.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.prompt_ids), 0)
-        return torch.cat([prompt, input_ids[:, self.short_width :]], 1)
-
-    def restoring_prefix_fn(self, allowed: Callable[[int, Tensor], list[int]]) -> Callable[[int, Tensor], list[int]]:
-        def restored(row: int, ids: Tensor) -> list[int]:
-            return allowed(row, torch.cat([self.prompt_ids[row].to(ids.device), ids[self.short_width :]]))
-
-        return restored
-
-
-class _RestoringCriterion(StoppingCriteria):
-    def __init__(self, criterion: Any, prompt: _CallersPrompt) -> None:
-        self._criterion, self._prompt = criterion, prompt
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self._criterion(self._prompt.restore(input_ids), scores, **kwargs)
-
-
-class _RestoringProcessor(LogitsProcessor):
-    def __init__(self, processor: Any, prompt: _CallersPrompt) -> None:
-        self._processor, self._prompt = processor, prompt
-
-    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
-        return self._processor(self._prompt.restore(input_ids), scores)
-
-
-class _PromptRestoringStreamer:
-    """Hands a streamer the caller's prompt instead of the shortened one."""
-
-    def __init__(self, streamer: Any, prompt_ids: Tensor) -> None:
-        self._streamer, self._prompt = streamer, prompt_ids.cpu()
-        self._started = False
-
-    def put(self, value: Tensor) -> None:
-        self._streamer.put(value if self._started else self._prompt)
-        self._started = True
-
-    def end(self) -> None:
-        self._streamer.end()
 
 
 def _make_report(

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenpruning import Layout, Resampler
-from tokenpruning.layout import Grid
 from vlmeff.errors import ConfigError, IncompatibleError, UnsupportedInputError, UnsupportedModelError
 from vlmeff.vlm.probe import QueryKey
 
@@ -290,11 +289,3 @@ def pooled_scores(score: Tensor, block: int) -> Tensor:
     side = round(score.shape[-1] ** 0.5)
     square = score.view(-1, side // block, block, side // block, block)
     return square.mean((2, 4)).flatten(1)
-
-
-def square_grid(count: int, family: str) -> Grid:
-    """The grid of a square map of ``count`` tokens."""
-    side = round(count**0.5)
-    if side * side != count:
-        raise UnsupportedInputError(f"{family}: {count} tokens per picture do not form a square.")
-    return side, side

@@ -34,7 +34,7 @@ class QwenVL(Family):
             raise UnsupportedInputError(
                 f"{self.model_type}: {GRIDS[modality]} is missing; pass all of the processor's outputs."
             )
-        return grids.tolist()
+        return torch.as_tensor(grids).tolist()
 
     def layouts(self, model: Any, kwargs: Kwargs, modality: Modality) -> list[Layout]:
         merge = model.config.vision_config.spatial_merge_size

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from tokenpruning import Layout
 from tokenpruning.layout import SEPARATOR, Grid
+from vlmeff.errors import UnsupportedInputError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Mosaic:
         rows, columns = get_anyres_image_grid_shape(size, pinpoints, tile_pixels)
         where = torch.arange(rows * side * columns * side).view(1, rows * side, columns * side)
         rest = unpad_image(where, size)[0]
+        if not rest.numel():
+            raise UnsupportedInputError(
+                f"a picture of {size[0]} x {size[1]} px is so narrow that nothing of its tiles is left; crop or pad it."
+            )
         top, left = divmod(int(rest[0, 0]), columns * side)
         height, width = rest.shape
         scaled = None
