@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -18,12 +19,19 @@ def cache_tensors(cache: object) -> Iterator[Tensor]:
 
 def cache_bytes(cache: object) -> int:
     """Bytes of the storages behind a cache: measured, so a view that keeps a larger tensor alive counts in full."""
+    own: Any = getattr(cache, "nbytes", None)
+    if callable(own):  # a RetainedCache, which has bookkeeping too
+        return own()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache_tensors(cache)}
     return sum(storages.values())
 
 
 def full_cache_bytes(cache: object) -> int:
-    """What ``cache_bytes`` would be if every layer held as many tokens as the first, which keeps all of them."""
+    """What ``cache_bytes`` would be if nothing had been dropped. A cache that counts for itself is asked; of another,
+    every layer counts as many tokens as the first, which keeps all of them."""
+    own: Any = getattr(cache, "full_nbytes", None)
+    if callable(own):
+        return own()
     layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(getattr(layer, "keys", None), Tensor)]
     if not layers or len({layer.keys.shape[-2] for layer in layers}) == 1:
         return cache_bytes(cache)
@@ -37,4 +45,9 @@ def full_cache_bytes(cache: object) -> int:
 
 def cache_slots(cache: object) -> int:
     """Token slots summed over the layers (batch rows not counted)."""
-    return sum(layer.keys.shape[-2] for layer in getattr(cache, "layers", ()) if isinstance(layer.keys, Tensor))
+    return sum(_slots(layer) for layer in getattr(cache, "layers", ()) if isinstance(layer.keys, Tensor))
+
+
+def _slots(layer: Any) -> int:
+    held = getattr(layer, "physical_length", None)  # a quantized layer has only its newest tokens in ``keys``
+    return layer.keys.shape[-2] if held is None else held

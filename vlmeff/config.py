@@ -9,19 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from kvcache import RetentionPolicy, policies
 from tokenpruning import InnerPruner, Method, Resampler, Selector, methods
 from tokenpruning.layout import Newline
 from vlmeff import zoo
-from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
+from vlmeff.errors import ConfigError, IncompatibleError, UnknownNameError, UnsupportedModelError
 from vlmeff.vlm.families import Family, family_of, is_vlm
 from vlmeff.vlm.families.base import Positions
 from vlmeff.vlm.inner_request import check_model
 from vlmeff.vlm.reduce import Reduction
+from vlmeff.vlm.retention import check_retention
 from vlmeff.zoo_schema import ModelRecord
 
 logger = logging.getLogger("vlmeff")
 
-OPTIONS = ("newline", "positions", "text_source", "min_visual_tokens")  # of ``wrap``, besides the fields of methods
+OPTIONS = (
+    "newline",
+    "positions",
+    "text_source",
+    "min_visual_tokens",
+    "kv_storage",
+)  # of ``wrap``, besides the fields of methods
 TokensArgument = Method | str | Sequence[Method | str]
 
 
@@ -29,21 +37,26 @@ TokensArgument = Method | str | Sequence[Method | str]
 class Plan:
     """What a wrapped model does. ``preset`` and ``entry`` say where it comes from.
 
-    ``reduction`` shortens the prompt before the language model, ``inner`` drops tokens between its layers.
+    ``reduction`` shortens the prompt before the language model, ``inner`` drops tokens between its layers, ``kv`` says
+    which entries of the prompt the cache keeps.
     """
 
     preset: str | None = None
     entry: str | None = None
     reduction: Reduction = field(default_factory=Reduction)
     inner: Any = None
+    kv: RetentionPolicy | None = None
+    kv_storage: Any = None
 
     @property
     def methods(self) -> list[Method]:
+        """The token methods, before the language model and inside it."""
         return [method for method in (self.reduction.method, self.inner) if method is not None]
 
     @property
     def method_name(self) -> str:
-        return " + ".join(methods.name_of(method) for method in self.methods) or "none"
+        names = [methods.name_of(method) for method in self.methods]
+        return " + ".join(names if self.kv is None else [*names, policies.name_of(self.kv)]) or "none"
 
 
 def make_plan(
@@ -51,6 +64,7 @@ def make_plan(
     preset: str | None,
     *,
     tokens: TokensArgument | None,
+    kv: RetentionPolicy | str | None = None,
     unavailable: dict[str, object],
     overrides: dict[str, Any],
 ) -> tuple[Plan, Family | None]:
@@ -67,15 +81,17 @@ def make_plan(
         if value is not None:
             raise ConfigError(f"wrap: {name}={value!r} is not available in this version of vlmeff; leave {name} out.")
     options = {name: overrides[name] for name in OPTIONS if name in overrides}
+    kv_storage = options.pop("kv_storage", None)
     overrides = {name: value for name, value in overrides.items() if name not in OPTIONS}
     _check_options(options)
     asked = list(options)
     entry: str | None = None
     chosen: list[Method] = []
+    policy: RetentionPolicy | None = None
     if preset is not None:
         resolved = zoo.resolve(model, preset)
         entry, preset = resolved.entry, resolved.preset
-        chosen = [make_method(step.method, {**step.budget(), **step.params}) for step in resolved.steps]
+        chosen, policy = _of_steps(resolved.steps)
         if tokens is None:
             options.setdefault("min_visual_tokens", resolved.min_visual_tokens)
             if any(step.method == "fourier" for step in resolved.steps):
@@ -89,18 +105,30 @@ def make_plan(
     record = zoo.find_model(model)
     if record is not None and record.positions is not None:
         options.setdefault("positions", record.positions)
-    chosen = _override(_named_methods(tokens, chosen, record), overrides)
+    chosen, policy = _override(_named_methods(tokens, chosen, record), _named_policy(kv, policy), overrides)
     before, inside = _places(chosen)
+    if policy is not None:
+        if inside:
+            raise IncompatibleError("wrap: AdaptInfer and kv=... cannot be combined in this version; leave one out.")
+        check_retention(model, policy, storage=kv_storage)
+    elif kv_storage is not None:
+        raise ConfigError(
+            f"wrap: kv_storage={kv_storage!r} stores what KV retention keeps, and none is asked for; add "
+            "kv=vlmeff.PrefixKV(keep_ratio=1.0) to keep everything."
+        )
     if not chosen:
         if tokens is not None or asked:
             what = "tokens=[]" if tokens is not None else f"{asked[0]}=..."
             raise ConfigError(f"wrap: {what} names no token method; pass tokens='hiprune', for example.")
-        return Plan(preset=preset, entry=entry), None
+        return Plan(preset=preset, entry=entry, kv=policy, kv_storage=kv_storage), None
     if not is_vlm(model):
         if tokens is not None:
             raise UnsupportedModelError(
                 f"tokens: {type(model).__name__} takes no pictures, so it has no visual tokens."
             )
+        if policy is not None:
+            logger.info("vlmeff: %s takes no pictures: the preset's token step is skipped", type(model).__name__)
+            return Plan(preset=preset, entry=entry, kv=policy, kv_storage=kv_storage), None
         raise UnsupportedModelError(
             f"preset {preset!r} has only a token step, and {type(model).__name__} takes no pictures."
         )
@@ -117,7 +145,8 @@ def make_plan(
     if inside:
         inside = [_inner_for(model, family, inside[0], before)]
     reduction = Reduction(method=before[0] if before else None, **options)  # type: ignore[arg-type]
-    return Plan(preset=preset, entry=entry, reduction=reduction, inner=inside[0] if inside else None), family
+    inner = inside[0] if inside else None
+    return Plan(preset=preset, entry=entry, reduction=reduction, inner=inner, kv=policy, kv_storage=kv_storage), family
 
 
 def _inner_for(model: Any, family: Family, method: Any, before: Sequence[Method]) -> Any:
@@ -139,10 +168,44 @@ def make_method(name: str, arguments: dict[str, Any]) -> Method:
     return cls(**arguments)
 
 
-def check_methods(steps: Sequence[zoo.Step], tokens: TokensArgument | None, overrides: dict[str, Any]) -> None:
+def make_policy(name: str, arguments: dict[str, Any]) -> RetentionPolicy:
+    """Build a registered retention policy; unknown arguments list the legal ones."""
+    cls = policies.get(name)
+    _check_fields(cls, name, arguments)
+    return cls(**arguments)
+
+
+def check_methods(
+    steps: Sequence[zoo.Step],
+    tokens: TokensArgument | None,
+    overrides: dict[str, Any],
+    kv: RetentionPolicy | str | None = None,
+) -> None:
     """Raise what ``make_plan`` would raise of the methods alone, before a model is loaded."""
-    chosen = [make_method(step.method, {**step.budget(), **step.params}) for step in steps]
-    _places(_override(_named_methods(tokens, chosen, None), {k: v for k, v in overrides.items() if k not in OPTIONS}))
+    chosen, policy = _of_steps(steps)
+    named = {name: value for name, value in overrides.items() if name not in OPTIONS}
+    _places(_override(_named_methods(tokens, chosen, None), _named_policy(kv, policy), named)[0])
+
+
+def _of_steps(steps: Sequence[zoo.Step]) -> tuple[list[Method], RetentionPolicy | None]:
+    """The token methods and the retention policy of a preset."""
+    chosen = [make_method(s.method, {**s.budget(), **s.params}) for s in steps if not s.is_retention]
+    kept = [make_policy(s.method, s.params) for s in steps if s.is_retention]
+    return chosen, kept[0] if kept else None
+
+
+def _named_policy(kv: object, of_preset: RetentionPolicy | None) -> RetentionPolicy | None:
+    """What is asked for by name, at the preset's ratio where only the name is given; else the preset's policy."""
+    if kv is None:
+        return of_preset
+    if isinstance(kv, str):
+        return make_policy(kv, {} if of_preset is None else {"keep_ratio": of_preset.keep_ratio})
+    if isinstance(kv, type) or not isinstance(kv, RetentionPolicy):
+        raise ConfigError(
+            f"wrap: kv={kv!r} must be a KV retention policy such as vlmeff.PrefixKV(keep_ratio=0.5), or one of the "
+            f"names {', '.join(policies.names())}."
+        )
+    return kv
 
 
 def _places(chosen: list[Method]) -> tuple[list[Selector | Resampler], list[InnerPruner]]:
@@ -184,20 +247,28 @@ def _named_method(item: object, keep: Any, record: ModelRecord | None) -> Method
     return item
 
 
-def _override(chosen: list[Method], overrides: dict[str, Any]) -> list[Method]:
-    """Each override replaces the field of the methods that have it."""
-    if overrides and not chosen:
-        raise ConfigError(f"wrap: {next(iter(overrides))}=... changes a token method, and none is asked for.")
+def _override(
+    chosen: list[Method], policy: RetentionPolicy | None, overrides: dict[str, Any]
+) -> tuple[list[Method], RetentionPolicy | None]:
+    """Each override replaces the field of the methods (and the policy) that have it."""
+    everything: list[Any] = [*chosen, *([] if policy is None else [policy])]
+    if overrides and not everything:
+        raise ConfigError(f"wrap: {next(iter(overrides))}=... changes a method, and none is asked for.")
     for name in overrides:
-        if not any(name in _fields(type(method)) for method in chosen):
-            legal = sorted({field for method in chosen for field in _fields(type(method))})
-            owners = " and ".join(methods.name_of(method) for method in chosen)
+        if not any(name in _fields(type(method)) for method in everything):
+            legal = sorted({field for method in everything for field in _fields(type(method))})
+            owners = " and ".join(_name_of(method) for method in everything)
             raise UnknownArgumentError(f"argument of {owners}", name, legal)
-    out = []
-    for method in chosen:
+
+    def replaced(method: Any) -> Any:
         own = {name: value for name, value in overrides.items() if name in _fields(type(method))}
-        out.append(dataclasses.replace(method, **own) if own else method)  # type: ignore[type-var]
-    return out
+        return dataclasses.replace(method, **own) if own else method
+
+    return [replaced(method) for method in chosen], None if policy is None else replaced(policy)
+
+
+def _name_of(method: Any) -> str:
+    return policies.name_of(method) if isinstance(method, RetentionPolicy) else methods.name_of(method)
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcache import cache_bytes, full_cache_bytes
+from kvcache.report import RetentionReport
 from tokenpruning.plan import PrunePlan
 from vlmeff.errors import ConfigError
 from vlmeff.vlm.cost import prefill_flops
@@ -28,6 +29,7 @@ class Report:
     ``kv_bytes_full``, what the same cache would hold for the unshortened prompt. ``skipped``: the request has fewer
     visual tokens than the preset's ``min_visual_tokens``, so nothing was reduced. ``visual_tokens_processed``: where
     tokens are dropped between layers, how many were processed, averaged over the layers (``inner`` says which stayed);
+    ``retention`` says what each layer of the cache kept of the prompt;
     ``visual_tokens_label`` counts a layer behind which tokens are dropped as if it had lost them already, as the labels
     of AdaptInfer's paper do.
     """
@@ -51,11 +53,12 @@ class Report:
     visual_tokens_label: float | None = None
     skipped: bool = False
     inner: InnerRecord | None = field(default=None, repr=False, compare=False)
+    retention: RetentionReport | None = field(default=None, repr=False, compare=False)
     plan: PrunePlan | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values (without ``plan`` and ``inner``)."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "inner")}
+        """The figures as plain JSON values (without ``plan``, ``inner`` and ``retention``)."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "inner", "retention")}
 
     def rows_of_text(self) -> list[tuple[str, str, str]]:
         """(what, value, how it was got), for tables."""

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kvcache import RetentionPolicy
 from vlmeff import zoo
 from vlmeff.config import TokensArgument, make_plan
 from vlmeff.errors import ConfigError, UnsupportedModelError
@@ -19,7 +20,7 @@ def wrap(
     preset: str | None = "fast",
     *,
     tokens: TokensArgument | None = None,
-    kv: object = None,
+    kv: RetentionPolicy | str | None = None,
     text_speculation: object = None,
     quant: object = None,
     draft: object = None,
@@ -36,12 +37,15 @@ def wrap(
         preset: a name from ``model_zoo.yaml``; None applies only what is named.
         tokens: a token reduction method (``vlmeff.HiPrune(keep=0.5)``) or its name; replaces the preset's. A list
             joins one method before the language model with one inside it (``vlmeff.AdaptInfer``).
-        kv, text_speculation, quant, draft: must be None in this version.
-        **overrides: fields of the token method, for example ``keep=0.5``; and
+        kv: a KV retention policy (``vlmeff.PrefixKV(keep_ratio=0.3)``) or its name; replaces the preset's. Any language
+            model with full-attention layers will do, pictures or not.
+        text_speculation, quant, draft: must be None in this version.
+        **overrides: fields of the token method or the policy, for example ``keep=0.5``; and
             ``newline`` ("drop", "keep", "rows"): which separators of tiled pictures stay;
             ``positions`` ("repack", "keep"): how the survivors of one-dimensional positions are numbered;
             ``text_source``: what scores tokens against the question;
-            ``min_visual_tokens``: requests with fewer per row are left alone.
+            ``min_visual_tokens``: requests with fewer per row are left alone;
+            ``kv_storage`` ("int8", "int4", "int2"): how the entries that KV retention keeps are stored.
     Raises:
         UnsupportedModelError: nothing of what was asked for applies to this model.
         UnknownPresetError, UnknownNameError, ConfigError: an argument cannot work; the message names it.
@@ -51,8 +55,8 @@ def wrap(
             f"wrap: {type(model).__name__} is not a transformers model. Pass the model object itself, for example "
             "AutoModelForImageTextToText.from_pretrained(...)."
         )
-    unavailable = {"kv": kv, "text_speculation": text_speculation, "quant": quant, "draft": draft}
-    plan, family = make_plan(model, preset, tokens=tokens, unavailable=unavailable, overrides=overrides)
+    unavailable = {"text_speculation": text_speculation, "quant": quant, "draft": draft}
+    plan, family = make_plan(model, preset, tokens=tokens, kv=kv, unavailable=unavailable, overrides=overrides)
     attach(model, plan, family)
     return model
 

@@ -60,6 +60,11 @@ class Step:
     keep: int | float | None = None
     params: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_retention(self) -> bool:
+        """Whether this is KV retention; some names are those of token methods too ("random")."""
+        return "keep_ratio" in self.params
+
     def budget(self) -> dict[str, int | float]:
         """``{"keep": ...}``, empty for a technique without a budget."""
         return {} if self.keep is None else {"keep": self.keep}
@@ -398,6 +403,7 @@ def _entry_problems(zoo: Zoo, entry: Entry) -> Iterator[Problem]:
 
 def _check_methods(zoo: Zoo, file: ZooFile) -> Iterator[Problem]:
     """Each step can be built: the method is registered and takes these parameters."""
+    from kvcache import policies
     from tokenpruning import methods
 
     joined = {f"presets.{preset.name}": _steps(preset, None, None) for preset in file.presets.values()}
@@ -407,7 +413,7 @@ def _check_methods(zoo: Zoo, file: ZooFile) -> Iterator[Problem]:
     for where, steps in joined.items():
         for step in steps:
             try:
-                method: Any = methods.get(step.method)
+                method: Any = (policies if step.is_retention else methods).get(step.method)
                 method(**step.budget(), **step.params)
             except (VlmeffError, TypeError) as error:  # TypeError: a parameter that the method does not have
                 yield Problem("E-ZOO-01", where, str(error))
@@ -488,7 +494,7 @@ def _kept(grid: tuple[int, int], steps: tuple[Step, ...]) -> int:
     for step in steps:
         if step.keep is not None:
             tokens = tokens_to_keep(step.keep, tokens)
-        elif step.method in methods.names():
+        elif step.method in methods.names() and not step.is_retention:
             method = methods.get(step.method)(**step.params)
             tokens = math.prod(method.new_grid(grid)) if isinstance(method, Resampler) else tokens
     return tokens

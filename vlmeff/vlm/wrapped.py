@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from kvcache.cache import RetainedCache
 from vlmeff.config import Plan
 from vlmeff.errors import UnsupportedInputError
-from vlmeff.reporting import Meter, Report, columns, placeholders, text_flops, visual_tokens
-from vlmeff.vlm.families import Family, family_of
+from vlmeff.reporting import Meter, Report, columns, text_flops, visual_tokens
+from vlmeff.vlm.families import Family
 from vlmeff.vlm.families.base import present
-from vlmeff.vlm.inner import INNER_RECORD, InnerPruning
-from vlmeff.vlm.inner_request import prepare
-from vlmeff.vlm.prompt import plan_shortening
+from vlmeff.vlm.inner import INNER_RECORD
+from vlmeff.vlm.inside import Inside, inside_call, kept_columns
 from vlmeff.vlm.record import RECORD, ShortRequest, attach_record
 from vlmeff.vlm.reduce import Untouched, shorten_request
 from vlmeff.vlm.restoring import (
@@ -164,25 +163,26 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     request = shorten_request(
         model, state.family, state.plan.reduction, named, generating=False, lock=state.lock, clock=meter.clock
     )
-    short = named if isinstance(request, Untouched) else request.kwargs
-    inner = _inner(model, state, short, request, generating=False)
+    short = dict(named) if isinstance(request, Untouched) else dict(request.kwargs)
+    inside = _inside(model, state, short, request, generating=False)
     if isinstance(request, ShortRequest) and request.keep is not None:
         _check_logits_to_keep(named)
-        short = {**short, "return_dict": True}
-    with inner or nullcontext():
+        short["return_dict"] = True
+    with inside:
         output = original(**short)
     if isinstance(request, ShortRequest):
         if request.keep is None:
             return output  # a step of a hand-written loop; the report stays that of the prompt
-        output.vlmeff_keep = _kept_columns(request.keep, named, inner)
+        output.vlmeff_keep = kept_columns(request.keep, named.get("attention_mask"), inside.inner)
         attach_record(getattr(output, "past_key_values", None), request.record)
-    elif not present(named):
+    elif inside.is_step:
         return output
-    elif inner is not None and inner.record is not None:
-        output.vlmeff_keep = _kept_columns(torch.ones_like(named["input_ids"], dtype=torch.bool), named, inner)
+    elif inside.inner is not None and inside.inner.record is not None:
+        everything = torch.ones_like(named["input_ids"], dtype=torch.bool)
+        output.vlmeff_keep = kept_columns(everything, named.get("attention_mask"), inside.inner)
     meter.after_forward(columns((), named), output)
     meter.finish()
-    state.report = _make_report(model, state, request, named, meter, new_tokens=None, inner=inner)
+    state.report = _make_report(model, state, request, named, meter, new_tokens=None, inside=inside)
     if isinstance(request, ShortRequest) and named.get("return_dict", model.config.return_dict) is False:
         return output.to_tuple()
     return output
@@ -206,7 +206,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             model, state.family, state.plan.reduction, named, generating=True, lock=state.lock, clock=meter.clock
         )
     short = dict(named) if isinstance(request, Untouched) else dict(request.kwargs)
-    inner = _inner(model, state, short, request, generating=True)
+    inside = _inside(model, state, short, request, generating=True)
     input_ids = short.get("input_ids")
     prompt: CallersPrompt | None = None
     if isinstance(request, ShortRequest):
@@ -229,7 +229,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         meter.expect(input_ids.shape[1] - (int(cache.get_seq_length()) if cache is not None else 0))
     token = _running.set(_Call(state, meter))
     try:
-        with inner or nullcontext():
+        with inside:
             result = original(**short)
     finally:
         _running.reset(token)
@@ -246,7 +246,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = sequences
         else:
             result.sequences = sequences
-    state.report = _make_report(model, state, request, named, meter, new_tokens=new_tokens, inner=inner)
+    state.report = _make_report(model, state, request, named, meter, new_tokens=new_tokens, inside=inside)
     return result
 
 
@@ -256,42 +256,16 @@ def _concerns(named: dict[str, Any], plan: Plan) -> bool:
     A cache of a shortened prompt stays one, whatever the plan has become since.
     """
     cache = named.get("past_key_values")
-    if hasattr(cache, RECORD) or hasattr(cache, INNER_RECORD):
+    if hasattr(cache, RECORD) or hasattr(cache, INNER_RECORD) or isinstance(cache, RetainedCache):
         return True
-    return bool(plan.methods) and bool(present(named))
+    return plan.kv is not None or (bool(plan.methods) and bool(present(named)))
 
 
-def _kept_columns(keep: Tensor, named: dict[str, Any], inner: InnerPruning | None) -> Tensor:
-    """[B, L] bool: the caller's columns that a forward pass returns, after dropping between layers too."""
-    columns = None if inner is None or inner.record is None else inner.record.columns[-1]
-    if columns is None:
-        return keep
-    mask = named.get("attention_mask")
-    valid = torch.ones_like(keep) if mask is None else mask.to(keep.device).bool()
-    if bool(keep.all()):  # nothing was lost before the language model: its columns are the caller's
-        return torch.zeros_like(keep).scatter(1, columns.to(keep.device), True)
-    places = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    origin = plan_shortening(keep, valid).apply(places, -1).gather(1, columns.to(keep.device))
-    rows, real = torch.arange(len(keep), device=keep.device)[:, None].expand_as(origin), origin >= 0
-    final = torch.zeros_like(keep)
-    final[rows[real], origin[real]] = True
-    return final
-
-
-def _inner(
+def _inside(
     model: Any, state: State, kwargs: dict[str, Any], request: ShortRequest | Untouched, *, generating: bool
-) -> InnerPruning | None:
-    """The hooks inside the language model for one call; None when it needs none."""
-    method = state.plan.inner
-    cache = kwargs.get("past_key_values")
-    if method is None and not hasattr(cache, INNER_RECORD):
-        return None
-    family = state.family or family_of(model)  # a pruned cache is gone on from whatever the plan has become since
+) -> Inside:
     skipped = isinstance(request, Untouched) and request.skipped
-    schedule = None if method is None or skipped else method.schedule
-    ids = kwargs.get("input_ids")
-    visual = None if ids is None else placeholders(model, ids)
-    return prepare(model, family.text_model(model), schedule, kwargs, visual=visual, generating=generating)
+    return inside_call(model, state.plan, state.family, kwargs, generating=generating, skipped=skipped)
 
 
 def _device(model: Any, named: dict[str, Any]) -> torch.device:
@@ -315,10 +289,10 @@ def _make_report(
     meter: Meter,
     *,
     new_tokens: int | None,
-    inner: InnerPruning | None,
+    inside: Inside,
 ) -> Report:
     plan = request.plan
-    record = None if inner is None else inner.record
+    record = None if inside.inner is None else inside.inner.record
     ids = named.get("input_ids")
     if isinstance(request, ShortRequest):
         before, after, dropped = request.tokens_before, request.tokens_after, request.dropped
@@ -348,5 +322,6 @@ def _make_report(
         plan=plan,
         skipped=isinstance(request, Untouched) and request.skipped,
         inner=record,
+        retention=inside.retention_report(),
         **figures,
     )

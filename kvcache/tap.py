@@ -1,0 +1,88 @@
+"""Hear the queries and keys that an attention kernel is called with.
+
+transformers' attention modules look their kernel up by name in ``ALL_ATTENTION_FUNCTIONS``. While anyone listens, the
+entry of that name in the instance mapping is a pass-through that tells the listener of this thread, if the call comes
+from the module that it waits for. "eager" is no entry of the mapping: modules bring their own function for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Hear = Callable[[Tensor, Tensor, dict[str, Any]], None]
+
+_listening: ContextVar[tuple[nn.Module, Hear] | None] = ContextVar("kvcache_listening", default=None)
+_lock = threading.Lock()
+
+
+@dataclass
+class _Entry:
+    wrapper: Any
+    previous: Any  # what the instance mapping held; None when the name came from the class
+    users: int = 1
+
+
+_entries: dict[str, _Entry] = {}
+
+
+def listen(module: nn.Module, hear: Hear) -> None:
+    """Call ``hear(query, key, keyword arguments)`` at this thread's next kernel calls from ``module``."""
+    _listening.set((module, hear))
+
+
+def stop_listening() -> None:
+    _listening.set(None)
+
+
+def install(names: Iterable[str]) -> list[str]:
+    """Put pass-throughs over the kernels of these names; returns those that ``remove`` is to be given."""
+    done = []
+    with _lock:
+        for name in names:
+            if name == "eager":
+                continue
+            entry = _entries.get(name)
+            if entry is not None:
+                entry.users += 1
+            else:
+                previous = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
+                wrapper = _pass_through(ALL_ATTENTION_FUNCTIONS[name])
+                _entries[name] = _Entry(wrapper, previous)
+                ALL_ATTENTION_FUNCTIONS[name] = wrapper
+            done.append(name)
+    return done
+
+
+def remove(names: Iterable[str]) -> None:
+    """Take back one ``install``; the last one restores the mapping."""
+    with _lock:
+        for name in names:
+            entry = _entries[name]
+            entry.users -= 1
+            if entry.users:
+                continue
+            del _entries[name]
+            # Someone who has put an entry of their own over ours keeps it: ours underneath just passes on.
+            if ALL_ATTENTION_FUNCTIONS._local_mapping.get(name) is entry.wrapper:
+                del ALL_ATTENTION_FUNCTIONS[name]
+                if entry.previous is not None:
+                    ALL_ATTENTION_FUNCTIONS[name] = entry.previous
+
+
+def _pass_through(kernel: Any) -> Any:
+    @functools.wraps(kernel)
+    def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        listener = _listening.get()
+        if listener is not None and listener[0] is module:
+            listener[1](query, key, kwargs)
+        return kernel(module, query, key, *args, **kwargs)
+
+    return attend
