@@ -49,7 +49,7 @@ def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     fresh = (
         isinstance(cache, RetainedCache)
         and not cache.get_seq_length()
-        and (not cache.keeps_all or cache.storage is not None)
+        and cache.changes_anything
     )
     # Those that want the model's outputs have none before the first pass, and offer nothing then.
     if fresh and not getattr(generator, "requires_model_outputs", False):

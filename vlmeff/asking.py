@@ -70,6 +70,7 @@ def ask_picture(
     model: str,
     preset: str,
     tokens: TokensArgument | None = None,
+    kv: str | None = None,
     overrides: dict[str, Any] | None = None,
     compare: bool = True,
     max_new_tokens: int = 64,
@@ -83,13 +84,13 @@ def ask_picture(
     Each measured run follows ``warmup`` unmeasured ones, so that neither pays for what is set up once.
     """
     # A misspelt preset, method or budget is refused before the model is loaded.
-    check_methods(zoo.resolve(model, preset).steps, tokens, overrides or {})
+    check_methods(zoo.resolve(model, preset).steps, tokens, overrides or {}, kv)
     progress(f"loading {model}")
     vlm, processor = load(model, device=device, dtype=dtype)
     if not hasattr(processor, "image_processor"):
         raise UnsupportedModelError(f"ask: {type(vlm).__name__} takes no pictures.")
     # Everything that can be refused is refused before the first run.
-    wrap(vlm, preset, tokens=tokens, **(overrides or {}))
+    wrap(vlm, preset, tokens=tokens, kv=kv, **(overrides or {}))
     inputs = prepare(processor, picture, question).to(vlm.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
 
@@ -107,8 +108,8 @@ def ask_picture(
         with measure(vlm, dict(inputs)) as measured:
             text = answer()
         runs.append(Run("unwrapped", text, measured.report))
-        wrap(vlm, preset, tokens=tokens, **(overrides or {}))
-    label = preset if tokens is None else vlm.__dict__[STATE].plan.method_name
+        wrap(vlm, preset, tokens=tokens, kv=kv, **(overrides or {}))
+    label = preset if tokens is None and kv is None else vlm.__dict__[STATE].plan.method_name
     for _ in range(warmup):
         progress(f"warming up {label}")
         answer()

@@ -78,6 +78,8 @@ def ask(
     keep: Annotated[
         float | None, typer.Option(help="Share of visual tokens kept (at most 1), or tokens per image (from 2 on).")
     ] = None,
+    kv: Annotated[str | None, typer.Option(help="A KV retention policy, such as prefixkv or snapkv.")] = None,
+    keep_ratio: Annotated[float | None, typer.Option(help="Share of the prompt's KV entries that it keeps.")] = None,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Run the unwrapped model too.")] = True,
     save_overlay: Annotated[
         Path | None, typer.Option(help="Write the kept tokens as a picture (.png) or an animation (.gif, .webp).")
@@ -108,6 +110,8 @@ def ask(
     named = None if tokens is None else _token_methods(tokens)
     if keep is not None:
         overrides["keep"] = int(keep) if keep > 1 and keep == int(keep) else keep
+    if keep_ratio is not None:
+        overrides["keep_ratio"] = keep_ratio
     with err.status("starting") as status:
 
         def progress(step: str) -> None:
@@ -120,6 +124,7 @@ def ask(
             model=model,
             preset=preset,
             tokens=named,
+            kv=kv,
             overrides=overrides,
             compare=compare,
             max_new_tokens=max_new_tokens,

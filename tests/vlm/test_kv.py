@@ -151,3 +151,19 @@ def test_what_cannot_work_says_so():
     with pytest.raises(IncompatibleError, match="AdaptInfer"):
         vlmeff.wrap(llava, None, tokens=adaptinfer, kv=POLICY)
     assert not vlmeff.is_wrapped(model)
+
+
+@torch.no_grad()
+def test_a_preset_may_be_retention_alone_and_its_ratio_goes_to_a_policy_named_instead():
+    model = tiny_llama()
+    with pytest.warns(UserWarning, match="no entry"):
+        vlmeff.wrap(model, "paper-prefixkv")
+    generated(model, text_inputs())
+    report = vlmeff.report(model)
+    assert (report.preset, report.method) == ("paper-prefixkv", "prefixkv")
+    assert report.retention.keep_ratio == pytest.approx(0.5, abs=0.05)
+    with pytest.warns(UserWarning, match="no entry"):
+        vlmeff.wrap(model, "paper-prefixkv", kv="streaming_llm")
+    generated(model, text_inputs())
+    assert vlmeff.report(model).method == "streaming_llm"
+    assert vlmeff.report(model).retention.keep_ratio == pytest.approx(0.5, abs=0.1)
