@@ -41,6 +41,7 @@ def test_the_wheel_is_pure_python_and_holds_the_four_packages_and_their_data(whe
     assert "vlmeff/model_zoo.yaml" in names
     assert "vlmeff/models/tiny_llava/weights/model.safetensors" in names
     assert "vlmeff/models/tiny_llava/adaptinfer.json" in names
+    assert "vlmeff/models/tiny_llava/prefixkv.json" in names
     assert "vlmeff/models/tiny_clip/weights/model.safetensors" in names
 
 

@@ -134,6 +134,52 @@ def calibrate_object_layer(
     return curve, default
 
 
+def calibrate_recipe(
+    name: str,
+    source: str,
+    out: Path,
+    *,
+    question: str,
+    limit: int,
+    budgets: str | None,
+    sink: int | None,
+    recent: int | None,
+    resume: bool,
+    device: str | None,
+    dtype: str,
+    progress: Callable[[int], None],
+) -> Any:
+    """Load a model, measure it on samples and write a PrefixKV recipe file; returns the recipe.
+
+    ``budgets``: shares, separated by commas. What is known of each sample is kept beside ``out`` until that is written;
+    ``resume`` goes on from there.
+    """
+    from kvcache import PrefixKV, write_recipe
+    from vlmeff.vlm.calibrate_kv import BUDGETS, calibrate_prefixkv, check_budgets
+
+    check_file("--out", out, ".json")
+    try:
+        wanted = check_budgets(BUDGETS if budgets is None else [float(text) for text in budgets.split(",")])
+    except ValueError as error:  # also a ConfigError
+        raise ConfigError(f"--budgets {budgets!r} must be shares in (0, 1) separated by commas, as 0.2,0.5.") from error
+    policy = PrefixKV(sink=sink, recent=recent)  # type: ignore[arg-type]  # None is the default
+    partial = partial_file(out)
+    if not resume:
+        partial.unlink(missing_ok=True)
+    model, samples, about = _loaded(name, source, question=question, limit=limit, device=device, dtype=dtype)
+    recipe = calibrate_prefixkv(
+        model, samples, budgets=wanted, policy=policy, partial=partial, about=about, progress=progress
+    )
+    write_recipe(out, recipe)
+    partial.unlink()
+    return recipe
+
+
+def partial_file(out: Path) -> Path:
+    """Where the samples measured so far are kept until the recipe ``out`` is written."""
+    return out.with_suffix(".partial.jsonl")
+
+
 def check_file(option: str, path: Path, suffix: str) -> None:
     """Raise ``ConfigError`` unless a file of this suffix could be written there."""
     if path.suffix.lower() != suffix:

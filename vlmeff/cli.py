@@ -20,6 +20,11 @@ app.add_typer(zoo_app, name="zoo")
 calibrate_app = typer.Typer(no_args_is_help=True, help="Derive a method's settings for a model from samples.")
 app.add_typer(calibrate_app, name="calibrate")
 
+Samples = Annotated[
+    str, typer.Option(help="A folder of pictures, a .jsonl file of image and question, or scenes (generated).")
+]
+Question = Annotated[str, typer.Option(help="What is asked about the pictures of a folder.")]
+
 out = Console()
 err = Console(stderr=True)
 
@@ -199,13 +204,9 @@ def presets(
 @calibrate_app.command("adaptinfer")
 def calibrate_adaptinfer(
     out_file: Annotated[Path, typer.Option("--out", help="The schedule file to write (.json).")],
-    samples: Annotated[
-        str, typer.Option(help="A folder of pictures, a .jsonl file of image and question, or scenes (generated).")
-    ],
+    samples: Samples,
     model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "tiny-llava",
-    question: Annotated[str, typer.Option(help="What is asked about the pictures of a folder.")] = (
-        "Describe the picture in detail."
-    ),
+    question: Question = "Describe the picture in detail.",
     limit: Annotated[int, typer.Option(min=1, help="Most samples to take; the paper used about 1000.")] = 200,
     target: Annotated[
         float | None, typer.Option(help="Mean share of the visual tokens processed, over the layers; 0.3 if possible.")
@@ -244,9 +245,7 @@ def calibrate_adaptinfer(
 
 @calibrate_app.command("hiprune")
 def calibrate_hiprune(
-    samples: Annotated[
-        str, typer.Option(help="A folder of pictures, a .jsonl file of image and question, or scenes (generated).")
-    ],
+    samples: Samples,
     model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "tiny-llava",
     limit: Annotated[int, typer.Option(min=1, help="Most samples to take; the paper used 5000.")] = 200,
     top: Annotated[float, typer.Option(help="Share of the tokens compared; the paper shows 0.05, 0.1, 0.25.")] = 0.1,
@@ -290,6 +289,58 @@ def calibrate_hiprune(
     for path in (out_file, plot):
         if path is not None:
             out.print(f"written to {path}", soft_wrap=True)
+
+
+@calibrate_app.command("prefixkv")
+def calibrate_prefixkv(
+    out_file: Annotated[Path, typer.Option("--out", help="The recipe file to write (.json).")],
+    samples: Samples,
+    model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "tiny-llava",
+    question: Question = "Describe the picture in detail.",
+    limit: Annotated[int, typer.Option(min=1, help="Most samples to take; 16 to 64 are enough.")] = 32,
+    budgets: Annotated[
+        str | None, typer.Option(help="Shares of the cache kept, separated by commas; 0.1,0.2,...,0.9 when left out.")
+    ] = None,
+    sink: Annotated[int | None, typer.Option(min=0, help="First tokens that always stay; 4 when left out.")] = None,
+    recent: Annotated[int | None, typer.Option(min=0, help="Last tokens that always stay; 8 when left out.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was.")] = False,
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Find the share of its key/value cache that each layer of a model keeps: PrefixKV's recipe."""
+    from rich.progress import Progress
+
+    from vlmeff.calibrating import calibrate_recipe
+
+    with Progress(console=err) as bar:
+        task = bar.add_task(f"measuring {model}", total=limit)
+        recipe = calibrate_recipe(
+            model,
+            samples,
+            out_file,
+            question=question,
+            limit=limit,
+            budgets=budgets,
+            sink=sink,
+            recent=recent,
+            resume=resume,
+            device=device,
+            dtype=dtype,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+    made = recipe.calibration
+    title = f"{made['samples']} prompts of {made['mean_prompt_tokens']:.0f} tokens on average"
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for column in ("kept", "least in a layer", "most in a layer", "two halves differ by"):
+        table.add_column(column)
+    for budget, shares in recipe.keep_ratios.items():
+        halves = made["half_difference"].get(str(budget))
+        least, most = (
+            f"{share:.3f} (layer {recipe.layers[shares.index(share)]})" for share in (min(shares), max(shares))
+        )
+        table.add_row(f"{budget:g}", least, most, "" if halves is None else f"{halves:.4f}")
+    out.print(table)
+    out.print(f"written to {out_file}; use it with vlmeff.PrefixKV(recipe={str(out_file)!r})", soft_wrap=True)
 
 
 @zoo_app.command("list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from kvcache import RetentionPolicy
 from kvcache.cache import RetainedCache
 from kvcache.controller import attention_module
+from vlmeff import zoo
 from vlmeff.errors import UnsupportedModelError
 from vlmeff.vlm.cost import head_dim, kv_heads
 
@@ -34,10 +36,25 @@ def check_retention(model: Any, policy: RetentionPolicy, *, storage: Any = None)
     recipe = getattr(policy, "recipe", None)
     if recipe is not None:
         text = model.config.get_text_config()
+        names, known = names_of(model), recipe.model.get("id")
         recipe.check_model(
             layers=cache.retained,
             kv_heads=kv_heads(text),
             head_dim=head_dim(text),
             hidden_layers=text.num_hidden_layers,
-            model_id=getattr(model.config, "_name_or_path", None) or None,
+            model_id=known if known in names else next(iter(names), None),
         )
+
+
+def names_of(model: Any) -> tuple[str, ...]:
+    """What a model may be called in a recipe, its name in the zoo first; empty when nothing says where it is from.
+
+    A folder's path says nothing to others: such a model is known by its geometry, else by the folder's name.
+    """
+    origin = getattr(model.config, "_name_or_path", None)
+    if not origin:
+        return ()
+    record, local = zoo.find_model(model), Path(origin).is_dir()
+    if record is not None and (local or origin == record.hub_id):
+        return (record.name,) if record.hub_id is None else (record.name, record.hub_id)
+    return (Path(origin).name,) if local else (origin,)
