@@ -46,11 +46,7 @@ def remove(model: Any) -> None:
 def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     generator = getattr(type(model), METHOD)(model, *args, **kwargs)
     cache = kwargs.get("model_kwargs", {}).get("past_key_values")
-    fresh = (
-        isinstance(cache, RetainedCache)
-        and not cache.get_seq_length()
-        and cache.changes_anything
-    )
+    fresh = isinstance(cache, RetainedCache) and not cache.get_seq_length() and cache.changes_anything
     # Those that want the model's outputs have none before the first pass, and offer nothing then.
     if fresh and not getattr(generator, "requires_model_outputs", False):
         generator.get_candidates = functools.partial(_nothing_once, generator)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vlmeff.loading import load
     from vlmeff.planning import Forecast, plan
     from vlmeff.reporting import Report, report
+    from vlmeff.shared import ManyAnswers, ask_many
     from vlmeff.vlm.clips import select_clips
     from vlmeff.vlm.relevance import EmbeddingText, OpenClipText, TowerText
     from vlmeff.wrapping import is_wrapped, presets, unwrap, wrap
@@ -47,6 +48,7 @@ _HOMES = {
     "HiPrune": "tokenpruning",
     "HiPrunePlus": "tokenpruning",
     "KNorm": "kvcache",
+    "ManyAnswers": "vlmeff.shared",
     "OpenClipText": "vlmeff.vlm.relevance",
     "Overlay": "vlmeff.drawing",
     "PerFrame": "tokenpruning",
@@ -65,6 +67,7 @@ _HOMES = {
     "VLCache": "kvcache",
     "VisionZip": "tokenpruning",
     "VlmeffError": "vlmeff.errors",
+    "ask_many": "vlmeff.shared",
     "is_wrapped": "vlmeff.wrapping",
     "load": "vlmeff.loading",
     "overlays": "vlmeff.drawing",
@@ -88,6 +91,7 @@ __all__ = [
     "HiPrune",
     "HiPrunePlus",
     "KNorm",
+    "ManyAnswers",
     "OpenClipText",
     "Overlay",
     "PerFrame",
@@ -106,6 +110,7 @@ __all__ = [
     "VisionZip",
     "VlmeffError",
     "__version__",
+    "ask_many",
     "is_wrapped",
     "load",
     "overlays",
