@@ -180,7 +180,10 @@ class Family(ABC):
     ) -> list[Layout]:
         """What ``layouts`` become when every segment's grid is resampled."""
         if any(layout.slots is not None for layout in layouts):
-            raise NotImplementedError("a family with separators says where they stand among resampled tokens")
+            raise UnsupportedModelError(
+                f"{self.model_type}: its pictures have separators, and the family does not say where they stand among "
+                "resampled tokens (Family.resampled_layouts); use a method that selects tokens, such as HiPrune."
+            )
         return [Layout(grids=[method.new_grid(g) for g in layout.grids], shares=layout.shares) for layout in layouts]
 
     def encode_resampled(self, model: Any, kwargs: Kwargs, modality: Modality, method: Resampler) -> Encoded:
@@ -222,7 +225,10 @@ class Family(ABC):
 
     def regrid(self, model: Any, kwargs: Kwargs, new_layouts: Mapping[Modality, list[Layout]]) -> dict[str, Any]:
         """Arguments that describe the resampled pictures, for families whose positions follow the grid ("keep")."""
-        raise NotImplementedError
+        raise UnsupportedModelError(
+            f"{self.model_type}: the family does not say how positions follow a resampled grid (Family.regrid); use a "
+            "method that selects tokens, such as HiPrune."
+        )
 
     def text_model(self, model: Any) -> nn.Module:
         """The language model: a stack of decoder layers."""
