@@ -118,7 +118,9 @@ def check_total(
     return floor
 
 
-def round_shares(shares: Sequence[float], *, total: int, floor: int, cap: int) -> list[int]:
+def round_shares(
+    shares: Sequence[float], *, total: int, floor: int | Sequence[int], cap: int | Sequence[int]
+) -> list[int]:
     """Whole numbers in proportion to ``shares``, each in [floor, cap], that add up to ``total``.
 
     ideal_l = share_l * total / sum(shares). Layers that this takes out of [floor, cap] stand at the bound, and the
@@ -127,21 +129,24 @@ def round_shares(shares: Sequence[float], *, total: int, floor: int, cap: int) -
 
     Args:
         shares: non-negative, finite. All zero counts as equal.
-        total: clamped to [L * floor, L * cap].
+        total: clamped to [sum of floors, sum of caps].
+        floor, cap: of all, or of each.
     """
     count = len(shares)
-    total = min(max(total, count * floor), count * cap)
-    ideal = fill(shares, total=total, low=floor, high=cap)
+    floors = [floor] * count if isinstance(floor, int) else list(floor)
+    caps = [cap] * count if isinstance(cap, int) else list(cap)
+    total = min(max(total, sum(floors)), sum(caps))
+    ideal = fill(shares, total=total, low=floors, high=caps)
     kept = [math.floor(x) for x in ideal]
     by_fraction = sorted(range(count), key=lambda layer: (kept[layer] - ideal[layer], layer))
     while sum(kept) < total:  # a second round only where float64 rounded an ideal down over a whole number
         for layer in by_fraction:
-            if sum(kept) < total and kept[layer] < cap:
+            if sum(kept) < total and kept[layer] < caps[layer]:
                 kept[layer] += 1
     return kept
 
 
-def fill(weights: Sequence[float], *, total: float, low: float, high: float) -> list[float]:
+def fill(weights: Sequence[float], *, total: float, low: Sequence[float], high: Sequence[float]) -> list[float]:
     """x_l = w_l * scale clamped to [low, high], with the scale at which they add up to ``total``.
 
     The bounds that bind are found in rounds, as widths of flexible boxes are: scale the free ones to what is left,
@@ -155,14 +160,14 @@ def fill(weights: Sequence[float], *, total: float, low: float, high: float) -> 
         even = mass <= 0
         for layer in free:
             out[layer] = rest / len(free) if even else weights[layer] * (rest / mass)
-        excess = sum(min(max(out[layer], low), high) - out[layer] for layer in free)
-        below = [layer for layer in free if out[layer] < low]
-        above = [layer for layer in free if out[layer] > high]
+        excess = sum(min(max(out[layer], low[layer]), high[layer]) - out[layer] for layer in free)
+        below = [layer for layer in free if out[layer] < low[layer]]
+        above = [layer for layer in free if out[layer] > high[layer]]
         bound = [*below, *above] if excess == 0 else below if excess > 0 else above
         if not bound:
             break
         for layer in bound:
-            out[layer] = min(max(out[layer], low), high)
+            out[layer] = min(max(out[layer], low[layer]), high[layer])
         free = [layer for layer in free if layer not in bound]
     return out
 

@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kvcache.eviction import PromptRows, checked_budgets, compact_layer, on_cpu, prompt_rows, row_stats
+from kvcache.eviction import (
+    PromptRows,
+    checked_budgets,
+    compact_layer,
+    on_cpu,
+    prompt_rows,
+    row_stats,
+    vision_columns,
+)
 from kvcache.layer import RetainedLayer
 from kvcache.measure import ATTENTION_KINDS
 from kvcache.policy import LayerStats, RetentionPolicy
 from kvcache.quantized_layer import new_layer
 from kvcache.report import LayerRetention, RetentionReport
-from vlmeff.errors import RetentionStateError, UnsupportedCacheError, UnsupportedModelError
+from vlmeff.errors import IncompatibleError, RetentionStateError, UnsupportedCacheError, UnsupportedModelError
 
 EVICT_INTERVAL = 16  # tokens between two deletions of a decode policy that does not say
 
@@ -90,7 +98,7 @@ class RetainedCache(DynamicCache):
         self.vision = vision
         self.thresholds: tuple[float, ...] | None = None
         self.watched = False  # the hooks of a call are at work
-        self._rows: PromptRows | None = None
+        self._rows: dict[int, PromptRows] = {}  # by the columns of it that came to a layer
         self._decode_marks = [0] * len(self.retained)
 
     # -- the prompt
@@ -115,7 +123,7 @@ class RetainedCache(DynamicCache):
         first = self.layer(0)
         if first.seen:
             return
-        self._rows, self.thresholds = None, None
+        self._rows, self.thresholds = {}, None
         if self.prompt_length is None:
             if first.record_past:
                 raise RetentionStateError(
@@ -123,6 +131,29 @@ class RetainedCache(DynamicCache):
                     "ends: give it prompt_length."
                 )
             self.prompt_length = new
+
+    def set_query_slots(self, layer: int, slots: Tensor, logical_end: int) -> None:
+        """Say, in front of a layer, that the prompt comes to it thinned out: tokens were dropped between layers.
+
+        Args:
+            layer: its number in the model.
+            slots: [B, W] int64 ascending, the slots of the tokens that it gets.
+            logical_end: slots of the whole pass; the layer counts them all as seen.
+        Raises:
+            IncompatibleError: the layer is not retained, or the pass is not the whole prompt.
+        """
+        if layer not in self.retained:
+            raise IncompatibleError(
+                f"KV retention: tokens were dropped in front of layer {layer}, which is no full-attention layer. Use a "
+                "method that drops tokens before the language model, or kv=None."
+            )
+        position = self.retained.index(layer)
+        if self.layer(position).seen or logical_end != (self.prompt_length or logical_end):
+            raise IncompatibleError(
+                f"KV retention: tokens were dropped between layers in a pass of {logical_end} tokens, which is not the "
+                f"whole prompt ({self.prompt_length}): give the prompt in one pass, or use kv=None."
+            )
+        self.layer(position).query_slots = (slots, logical_end)
 
     @property
     def wants_attention(self) -> bool:
@@ -169,22 +200,29 @@ class RetainedCache(DynamicCache):
         vision = self.vision
         if vision is not None and len(vision) != batch:  # beams, several sequences per prompt
             vision = vision.repeat_interleave(batch // len(vision), 0)
-        if self._rows is None:
-            self._rows = prompt_rows(layers[0], self.prompt_length, vision)
-        rows = self._rows
-        stats = [self._stats(p, rows, vision) for p in positions]  # [layer][row]
-        kept = [list(rows.lengths) for _ in positions]
+        rows = [self._prompt_rows(layer, vision) for layer in layers]
+        stats = [self._stats(p, r, vision) for p, r in zip(positions, rows, strict=True)]  # [layer][row]
+        kept = [list(r.lengths) for r in rows]
         if not self.keeps_all:
             by_row = [self._budgets([s[row] for s in stats]) for row in range(batch)]
             kept = [[budgets[i] for budgets, _ in by_row] for i in range(len(positions))]
             found = [p for _, p in by_row if p is not None]
             self.thresholds = tuple(found) if len(found) == batch else None
         for i, layer in enumerate(layers):
-            compact_layer(layer, self.policy, rows, stats[i], kept[i])
+            compact_layer(layer, self.policy, rows[i], stats[i], kept[i])
             stats[i] = []  # they hold the scores of the whole prompt
+
+    def _prompt_rows(self, layer: RetainedLayer, vision: Tensor | None) -> PromptRows:
+        """Layers drop ever more tokens, so those with equally many columns have the same ones."""
+        assert self.prompt_length is not None
+        columns = layer.prompt_columns(self.prompt_length)
+        if columns not in self._rows:
+            self._rows[columns] = prompt_rows(layer, self.prompt_length, vision_columns(layer, vision))
+        return self._rows[columns]
 
     def _stats(self, position: int, rows: PromptRows, vision: Tensor | None) -> list[LayerStats]:
         layer, count = self.layer(position), len(self.retained)
+        vision = vision_columns(layer, vision)
         return [
             row_stats(layer, self.policy, rows, row, number=position, layers=count, vision=vision)
             for row in range(len(layer.keys))
@@ -241,26 +279,26 @@ class RetainedCache(DynamicCache):
         """Empty the cache for another prompt."""
         super().reset()
         self.prompt_length, self.vision = None, None
-        self._rows, self.thresholds = None, None
+        self._rows, self.thresholds = {}, None
         self._decode_marks = [0] * len(self.retained)
 
     # -- rows. ``_rows`` and ``thresholds`` are of the batch that the prompt came in.
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
-        self._rows = self.thresholds = None
+        self._rows, self.thresholds = {}, None
         if self.vision is not None and len(self.vision) == len(beam_idx):
             self.vision = self.vision.index_select(0, beam_idx.to(self.vision.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._rows = self.thresholds = None
+        self._rows, self.thresholds = {}, None
         if self.vision is not None:
             self.vision = self.vision.repeat_interleave(repeats, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._rows = self.thresholds = None
+        self._rows, self.thresholds = {}, None
         if self.vision is not None:
             self.vision = self.vision[indices.to(self.vision.device)]
 

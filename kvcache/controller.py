@@ -142,13 +142,13 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
             cache.begin_pass(new)
             self._new = new
             self._forget_masks()
-        elif new != self._new:
-            raise IncompatibleError(
-                f"KV retention needs every layer to process the same tokens; layer {cache.retained[0]} got {self._new}"
-                f" and layer {cache.retained[position]} {new}. Pruning inside the language model (AdaptInfer) cannot "
-                "be combined with it yet: use a method that prunes before the language model, or kv=None."
-            )
         layer, mask = cache.layer(position), kwargs.get("attention_mask")
+        if new != self._new and layer.query_slots is None:
+            raise IncompatibleError(
+                f"KV retention needs to know which tokens a layer processes; layer {cache.retained[0]} got {self._new}"
+                f" and layer {cache.retained[position]} {new}. What drops tokens between layers must call "
+                "RetainedCache.set_query_slots, as AdaptInfer does; else use kv=None."
+            )
         known = self.prompt_end is not None and layer.seen >= self.prompt_end
         valid = None if known else self._validity(mask, layer, new)
         layer.announce(new, valid)

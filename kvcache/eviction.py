@@ -1,6 +1,7 @@
 """From what was measured of a prompt to the columns that stay: ask the policy, row by row, and lay the rows out.
 
-Letters: B rows, P slots of the padded prompt, n real tokens of a row (the last n slots), C columns kept.
+Letters: B rows, P slots of the padded prompt, W columns of it that came to the layer (P, unless tokens were dropped
+between layers), n real tokens of a row (the last n columns), C columns kept.
 """
 
 from __future__ import annotations
@@ -20,16 +21,27 @@ from vlmeff.errors import RetentionStateError, UnsupportedMaskError
 
 @dataclass(frozen=True)
 class PromptRows:
-    """``width`` P; per row the real tokens ``lengths`` and the tokens ``behind_vision`` the last visual one."""
+    """``end`` P, ``width`` W; per row the real tokens ``lengths`` and those ``behind_vision``, the last visual one."""
 
+    end: int
     width: int
     lengths: list[int]
     behind_vision: list[int]
 
 
-def prompt_rows(layer: RetainedLayer, width: int, vision: Tensor | None) -> PromptRows:
-    """Raises ``UnsupportedMaskError`` when a row is padded anywhere but on the left."""
-    rows = len(layer.keys)
+def vision_columns(layer: RetainedLayer, vision: Tensor | None) -> Tensor | None:
+    """[B, W] bool: the visual tokens among the columns that came to the layer, of those [B, P] of the prompt."""
+    if vision is None or layer.column_slots is None:
+        return vision
+    return vision.gather(1, layer.column_slots.to(vision.device))
+
+
+def prompt_rows(layer: RetainedLayer, end: int, vision: Tensor | None) -> PromptRows:
+    """The rows of a prompt of ``end`` slots. vision: [B, W] bool.
+
+    Raises ``UnsupportedMaskError`` when a row is padded anywhere but on the left.
+    """
+    rows, width = len(layer.keys), layer.prompt_columns(end)
     lengths = [width] * rows
     if layer.valid is not None:
         valid = layer.valid[:, :width].cpu()
@@ -43,7 +55,7 @@ def prompt_rows(layer: RetainedLayer, width: int, vision: Tensor | None) -> Prom
     if vision is not None:
         places = torch.arange(1, width + 1) * vision[:, :width].cpu()
         behind = (width - places.amax(1)).tolist() if width else behind
-    return PromptRows(width, lengths, behind)
+    return PromptRows(end, width, lengths, behind)
 
 
 def row_stats(
@@ -101,12 +113,15 @@ def compact_layer(
 
     Rows that keep fewer get fillers on the left, copies of their first kept entry.
     """
-    device = layer.keys.device
+    device, origin = layer.keys.device, layer.column_slots
+    if origin is None:
+        origin = torch.arange(rows.width, device=device).expand(len(kept), -1)
+    origin = origin.to(device)
     if max(rows.lengths) == rows.width and list(kept) == rows.lengths:
-        slots = torch.arange(rows.width, dtype=torch.int32, device=device).repeat(len(kept), 1)
+        slots = origin.int()
         if layer.valid is not None:
             slots = slots.masked_fill(~layer.valid[:, : rows.width].to(device), -1)
-        layer.keep_everything(slots)
+        layer.keep_everything(slots.contiguous())
     else:
         columns = max(kept)
         heads = layer.keys.shape[1] if policy.selection == "per_head" else 1
@@ -118,7 +133,7 @@ def compact_layer(
         )
         first = torch.tensor([columns - k for k in kept], device=device)
         valid = torch.arange(columns, device=device) >= first[:, None]
-        slots = index.masked_fill(~valid[:, None], -1).int()
+        slots = origin[:, None].expand(-1, heads, -1).gather(2, index).masked_fill(~valid[:, None], -1).int()
         fillers = any(k != columns for k in kept)
         layer.compact(
             index, valid if fillers else None, slots, prompt_length=rows.width, per_head=policy.selection == "per_head"
@@ -128,7 +143,7 @@ def compact_layer(
     layer.kept_share = (sum(kept), sum(rows.lengths))
     layer.scores = layer.probs = None
     distance: int = getattr(policy, "evict_distance", 0) or 0
-    held = layer.physical_length - (layer.seen - rows.width)
+    held = layer.physical_length - (layer.seen - rows.end)
     layer.evict_from = held - distance if held - distance >= 1 else held // 2
 
 

@@ -47,6 +47,8 @@ class RetainedLayer(DynamicLayer):
         self.compacted = False
         self.aligned = True  # column j is slot j: masks for the full cache fit
         self.announced: tuple[int, Tensor | None] | None = None
+        self.query_slots: tuple[Tensor, int] | None = None  # of the next pass, where it has not every slot
+        self.column_slots: Tensor | None = None  # [B, C] int64: slots of a prompt that came thinned out; else column j
         self.unwatched = False  # tokens came in without the hooks of a wrapped model
         self.scores: Tensor | None = None  # what the hooks measure while the prompt goes through
         self.probs: Tensor | None = None
@@ -73,7 +75,7 @@ class RetainedLayer(DynamicLayer):
 
     def tensors(self) -> list[Tensor]:
         """Everything the layer keeps in memory."""
-        found = (self.keys, self.values, self.valid, self.kept_slots, self.scores, self.probs)
+        found = (self.keys, self.values, self.valid, self.kept_slots, self.column_slots, self.scores, self.probs)
         return [t for t in found if t is not None]
 
     def nbytes(self) -> int:
@@ -92,7 +94,7 @@ class RetainedLayer(DynamicLayer):
         """The slot of every column, int32 [B, C] or [B, H, C]; -1 for fillers."""
         if self.keys is None:
             return torch.empty(0, 0, dtype=torch.int32)
-        head = self.kept_slots
+        head = self.kept_slots if self.column_slots is None else self.column_slots.int()
         if head is None:
             head = torch.empty(len(self.keys), 0, dtype=torch.int32, device=self.keys.device)
         behind = self.physical_length - head.shape[-1]
@@ -104,6 +106,10 @@ class RetainedLayer(DynamicLayer):
     def announce(self, new: int, valid: Tensor | None) -> None:
         """Say, before ``update``, which of the ``new`` tokens [B, new] are real; None: all of them."""
         self.announced = (new, valid)
+
+    def prompt_columns(self, prompt_length: int) -> int:
+        """Columns of a prompt of ``prompt_length`` slots, before it is compacted."""
+        return prompt_length if self.column_slots is None else self.column_slots.shape[1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; returns all columns, as views of the buffers when there is headroom.
@@ -139,8 +145,16 @@ class RetainedLayer(DynamicLayer):
         else:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
-        self.seen += new
+        self._advance(new)
         return self.keys, self.values
+
+    def _advance(self, new: int) -> None:
+        slots, self.query_slots = self.query_slots, None
+        if slots is None:
+            self.seen += new
+        else:
+            self.column_slots, self.seen = slots
+            self.aligned = False
 
     def _append_valid(self, rows: int, new: int, valid: Tensor | None) -> None:
         if self.valid is None and valid is None:
@@ -200,11 +214,12 @@ class RetainedLayer(DynamicLayer):
             rest = torch.ones(rows, len(tail), dtype=torch.bool, device=columns.device) if behind is None else behind
             self.valid = torch.cat([head, rest], 1)
         self.kept_slots = slots if per_head else slots[:, 0].contiguous()
+        self.column_slots = None
         self.compacted, self.aligned = True, False
 
     def keep_everything(self, slots: Tensor) -> None:
-        """Mark the prompt as compacted without touching a column. slots: [B, P] int32, -1 for padding."""
-        self.kept_slots, self.compacted = slots, True
+        """Mark the prompt as compacted without touching a column. slots: [B, C] int32, -1 for padding."""
+        self.kept_slots, self.column_slots, self.compacted = slots, None, True
 
     def drop_columns(self, start: int, count: int) -> None:
         """Take ``count`` columns out of every row, from column ``start``."""
@@ -279,7 +294,7 @@ class RetainedLayer(DynamicLayer):
             self._narrow(length)
         else:
             self.keys, self.values = pick(self.keys), pick(self.values)
-        for name in ("valid", "kept_slots", "kept", "prompt_tokens", "scores", "probs"):
+        for name in ("valid", "kept_slots", "column_slots", "kept", "prompt_tokens", "scores", "probs"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, pick(tensor))

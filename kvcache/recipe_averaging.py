@@ -35,7 +35,7 @@ def renormalise(shares: Sequence[float], keep_ratio: float) -> list[float]:
     Raises:
         DataError: a share changes by 0.01 or more: these are not shares of that budget.
     """
-    out = fill(shares, total=keep_ratio * len(shares), low=0.0, high=1.0)
+    out = fill(shares, total=keep_ratio * len(shares), low=[0.0] * len(shares), high=[1.0] * len(shares))
     change = max(abs(a - b) for a, b in zip(out, shares, strict=True))
     if change >= LARGEST_CHANGE:
         raise DataError(

@@ -54,16 +54,13 @@ class VLCache:
         return ScoreSpec(kind="post_vision", window=self.window)
 
     def budgets(self, stats: list[LayerStats]) -> list[int]:
-        """beta_l in proportion to the density 1 - gamma_l, with the mean ``keep_ratio``, in [0.01, 1].
-
-        The layers of one prompt have equal n (the largest counts where they have not).
-        """
-        n = max(s.n for s in stats)
+        """beta_l in proportion to the density 1 - gamma_l, with the mean ``keep_ratio``, in [0.01, 1]."""
         densities = torch.stack([density(_rows(s)).cpu() for s in stats]).tolist()
-        floor = min(n, max(self.sink + self.recent + 1, math.ceil(LEAST_SHARE * n)))
-        total = check_total(len(stats) * n, self.keep_ratio, len(stats) * floor, "clamp")
-        kept = round_shares(densities, total=total, floor=floor, cap=n)
-        return [min(s.n, k) for s, k in zip(stats, kept, strict=True)]
+        sizes = [s.n for s in stats]
+        floors = [min(n, max(self.sink + self.recent + 1, math.ceil(LEAST_SHARE * n))) for n in sizes]
+        total = check_total(sum(sizes), self.keep_ratio, sum(floors), "clamp")
+        shares = [d * n for d, n in zip(densities, sizes, strict=True)]
+        return round_shares(shares, total=total, floor=floors, cap=sizes)
 
     def select(self, stats: LayerStats, k: int) -> Tensor:
         """Score of a token: the attention of the rows, mean over heads, summed over rows."""

@@ -13,7 +13,7 @@ from kvcache import RetentionPolicy, policies
 from tokenpruning import InnerPruner, Method, Resampler, Selector, methods
 from tokenpruning.layout import Newline
 from vlmeff import zoo
-from vlmeff.errors import ConfigError, IncompatibleError, UnknownNameError, UnsupportedModelError
+from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from vlmeff.vlm.families import Family, family_of, is_vlm
 from vlmeff.vlm.families.base import Positions
 from vlmeff.vlm.inner_request import check_model
@@ -108,8 +108,6 @@ def make_plan(
     chosen, policy = _override(_named_methods(tokens, chosen, record), _named_policy(kv, policy), overrides)
     before, inside = _places(chosen)
     if policy is not None:
-        if inside:
-            raise IncompatibleError("wrap: AdaptInfer and kv=... cannot be combined in this version; leave one out.")
         check_retention(model, policy, storage=kv_storage)
     elif kv_storage is not None:
         raise ConfigError(

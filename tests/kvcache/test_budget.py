@@ -262,6 +262,7 @@ def test_equal_fractions_go_to_the_lowest_layer():
 
 
 def test_filling_raises_and_lowers_the_layers_that_break_a_bound():
-    assert fill([8.0, 1.0, 1.0], total=10, low=2, high=5) == [5, 2.5, 2.5]
-    assert fill([0.0, 1.0, 1.0], total=10, low=2, high=9) == [2, 4, 4]
-    assert fill([0.0, 0.0, 9.0], total=10, low=0, high=5) == [2.5, 2.5, 5]
+    assert fill([8.0, 1.0, 1.0], total=10, low=[2] * 3, high=[5] * 3) == [5, 2.5, 2.5]
+    assert fill([0.0, 1.0, 1.0], total=10, low=[2] * 3, high=[9] * 3) == [2, 4, 4]
+    assert fill([0.0, 0.0, 9.0], total=10, low=[0] * 3, high=[5] * 3) == [2.5, 2.5, 5]
+    assert fill([1.0, 1.0, 1.0], total=9, low=[0, 0, 0], high=[9, 2, 1]) == [6, 2, 1]

@@ -10,7 +10,7 @@ from tiny_models import prompts, tiny
 import vlmeff
 from kvcache.cache import RetainedCache
 from kvcache.request import retained_call
-from vlmeff.errors import ConfigError, IncompatibleError, UnknownNameError
+from vlmeff.errors import ConfigError, UnknownNameError
 from vlmeff.vlm.retention import decoder_of
 
 POLICY = vlmeff.PrefixKV(keep_ratio=0.4, sink=1, recent=2)
@@ -147,9 +147,6 @@ def test_what_cannot_work_says_so():
         vlmeff.wrap(model, None, kv_storage="int4")
     with pytest.raises(ConfigError, match="int3"):
         vlmeff.wrap(model, None, kv=POLICY, kv_storage="int3")
-    adaptinfer, llava = vlmeff.AdaptInfer(schedule=vlmeff.Schedule(layers=(1,), ratios=(0.5,))), tiny("llava")
-    with pytest.raises(IncompatibleError, match="AdaptInfer"):
-        vlmeff.wrap(llava, None, tokens=adaptinfer, kv=POLICY)
     assert not vlmeff.is_wrapped(model)
 
 

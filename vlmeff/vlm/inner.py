@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcache.cache import RetainedCache
 from tokenpruning.adaptinfer import Schedule, choose
 from vlmeff import ops
 from vlmeff.errors import IncompatibleError, NonFiniteScoreError
@@ -220,7 +221,10 @@ class InnerPruning(AbstractContextManager["InnerPruning"]):
         self.record.columns.append(columns)
         self.record.processed.append((hidden.shape[1], vision.shape[1]))
         cache = kwargs.get("past_key_values")
-        if cache is not None and columns is not None:
+        if isinstance(cache, RetainedCache):  # counts slots itself, and so cuts its masks later on
+            if columns is not None:
+                cache.set_query_slots(number, columns, self.record.width)
+        elif cache is not None and columns is not None:
             setattr(cache, INNER_RECORD, self.record)
         k = self._counts.get(number)
         if k is None:

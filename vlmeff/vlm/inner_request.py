@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kvcache.cache import RetainedCache
 from tokenpruning.adaptinfer import Schedule
 from vlmeff.errors import ConfigError, IncompatibleError, UnsupportedInputError, UnsupportedModelError
 from vlmeff.vlm.inner import INNER_RECORD, InnerPruning
@@ -165,8 +166,9 @@ def check_request(
 def _check_cache(cache: Any, *, pictures: bool) -> None:
     if cache is None:
         return
-    plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-    if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    retained = isinstance(cache, RetainedCache)
+    plain = (retained or type(cache) is DynamicCache) and not getattr(cache, "offloading", False)
+    if not plain or any(type(layer) is not DynamicLayer and not retained for layer in cache.layers):
         raise IncompatibleError(
             f"AdaptInfer needs a cache whose layers may differ in length, not {type(cache).__name__}"
             f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: pass DynamicCache() or leave "
