@@ -7,13 +7,13 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from kvcache import RetentionPolicy, policies
 from tokenpruning import InnerPruner, Method, Resampler, Selector, methods
 from tokenpruning.layout import Newline
 from vlmeff import zoo
-from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
+from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedCacheError, UnsupportedModelError
 from vlmeff.vlm.families import Family, family_of, is_vlm
 from vlmeff.vlm.families.base import Positions
 from vlmeff.vlm.inner_request import check_model
@@ -38,7 +38,8 @@ class Plan:
     """What a wrapped model does. ``preset`` and ``entry`` say where it comes from.
 
     ``reduction`` shortens the prompt before the language model, ``inner`` drops tokens between its layers, ``kv`` says
-    which entries of the prompt the cache keeps.
+    which entries of the prompt the cache keeps. ``kv_optional``: it comes from the preset, so a call that it cannot take
+    part in goes without it.
     """
 
     preset: str | None = None
@@ -47,6 +48,7 @@ class Plan:
     inner: Any = None
     kv: RetentionPolicy | None = None
     kv_storage: Any = None
+    kv_optional: bool = False
 
     @property
     def methods(self) -> list[Method]:
@@ -64,7 +66,7 @@ def make_plan(
     preset: str | None,
     *,
     tokens: TokensArgument | None,
-    kv: RetentionPolicy | str | None = None,
+    kv: RetentionPolicy | str | Literal[False] | None = None,
     unavailable: dict[str, object],
     overrides: dict[str, Any],
 ) -> tuple[Plan, Family | None]:
@@ -107,8 +109,15 @@ def make_plan(
         options.setdefault("positions", record.positions)
     chosen, policy = _override(_named_methods(tokens, chosen, record), _named_policy(kv, policy), overrides)
     before, inside = _places(chosen)
+    optional = kv is None and kv_storage is None and not any(name in _fields(type(policy)) for name in overrides)
     if policy is not None:
-        check_retention(model, policy, storage=kv_storage)
+        try:
+            check_retention(model, policy, storage=kv_storage)
+        except (UnsupportedModelError, UnsupportedCacheError) as error:
+            if not optional:
+                raise
+            logger.info("vlmeff: the KV step of preset %r is skipped for %s: %s", preset, type(model).__name__, error)
+            policy = None
     elif kv_storage is not None:
         raise ConfigError(
             f"wrap: kv_storage={kv_storage!r} stores what KV retention keeps, and none is asked for; add "
@@ -118,7 +127,7 @@ def make_plan(
         if tokens is not None or asked:
             what = "tokens=[]" if tokens is not None else f"{asked[0]}=..."
             raise ConfigError(f"wrap: {what} names no token method; pass tokens='hiprune', for example.")
-        return Plan(preset=preset, entry=entry, kv=policy, kv_storage=kv_storage), None
+        return Plan(preset=preset, entry=entry, kv=policy, kv_storage=kv_storage, kv_optional=optional), None
     if not is_vlm(model):
         if tokens is not None:
             raise UnsupportedModelError(
@@ -126,9 +135,10 @@ def make_plan(
             )
         if policy is not None:
             logger.info("vlmeff: %s takes no pictures: the preset's token step is skipped", type(model).__name__)
-            return Plan(preset=preset, entry=entry, kv=policy, kv_storage=kv_storage), None
+            return Plan(preset=preset, entry=entry, kv=policy, kv_storage=kv_storage, kv_optional=optional), None
         raise UnsupportedModelError(
-            f"preset {preset!r} has only a token step, and {type(model).__name__} takes no pictures."
+            f"preset {preset!r} has nothing for {type(model).__name__}: it takes no pictures, and there is no KV step "
+            "or none for its cache."
         )
     family = family_of(model)
     family.refuse_model(model)
@@ -144,7 +154,16 @@ def make_plan(
         inside = [_inner_for(model, family, inside[0], before)]
     reduction = Reduction(method=before[0] if before else None, **options)  # type: ignore[arg-type]
     inner = inside[0] if inside else None
-    return Plan(preset=preset, entry=entry, reduction=reduction, inner=inner, kv=policy, kv_storage=kv_storage), family
+    plan = Plan(
+        preset=preset,
+        entry=entry,
+        reduction=reduction,
+        inner=inner,
+        kv=policy,
+        kv_storage=kv_storage,
+        kv_optional=optional,
+    )
+    return plan, family
 
 
 def _inner_for(model: Any, family: Family, method: Any, before: Sequence[Method]) -> Any:
@@ -177,7 +196,7 @@ def check_methods(
     steps: Sequence[zoo.Step],
     tokens: TokensArgument | None,
     overrides: dict[str, Any],
-    kv: RetentionPolicy | str | None = None,
+    kv: RetentionPolicy | str | Literal[False] | None = None,
 ) -> None:
     """Raise what ``make_plan`` would raise of the methods alone, before a model is loaded."""
     chosen, policy = _of_steps(steps)
@@ -193,15 +212,20 @@ def _of_steps(steps: Sequence[zoo.Step]) -> tuple[list[Method], RetentionPolicy 
 
 
 def _named_policy(kv: object, of_preset: RetentionPolicy | None) -> RetentionPolicy | None:
-    """What is asked for by name, at the preset's ratio where only the name is given; else the preset's policy."""
+    """What is asked for by name, at the preset's ratio where only the name is given; else the preset's policy.
+
+    False takes the preset's away.
+    """
     if kv is None:
         return of_preset
+    if kv is False:
+        return None
     if isinstance(kv, str):
         return make_policy(kv, {} if of_preset is None else {"keep_ratio": of_preset.keep_ratio})
     if isinstance(kv, type) or not isinstance(kv, RetentionPolicy):
         raise ConfigError(
             f"wrap: kv={kv!r} must be a KV retention policy such as vlmeff.PrefixKV(keep_ratio=0.5), or one of the "
-            f"names {', '.join(policies.names())}."
+            f"names {', '.join(policies.names())}; False leaves the preset's out."
         )
     return kv
 

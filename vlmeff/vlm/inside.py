@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,6 +15,7 @@ from kvcache.cache import RetainedCache
 from kvcache.controller import RetainedCall
 from kvcache.report import RetentionReport
 from kvcache.request import retained_call
+from vlmeff.errors import RetentionStateError, UnsupportedCacheError, UnsupportedMaskError
 from vlmeff.reporting import placeholders
 from vlmeff.vlm.families import Family, family_of
 from vlmeff.vlm.inner import INNER_RECORD, InnerPruning
@@ -23,6 +25,8 @@ from vlmeff.vlm.retention import decoder_of
 
 if TYPE_CHECKING:
     from vlmeff.config import Plan
+
+logger = logging.getLogger("vlmeff")
 
 
 @dataclass(eq=False)
@@ -73,7 +77,23 @@ def inside_call(
         text_model = (family or family_of(model)).text_model(model)
         out.inner = prepare(model, text_model, schedule, kwargs, visual=visual, generating=generating)
     if plan.kv is not None or isinstance(cache, RetainedCache):
-        out.retention = retained_call(
+        out.retention = _retention(model, plan, kwargs, visual, generating=generating)
+    return out
+
+
+def _retention(
+    model: Any, plan: Plan, kwargs: dict[str, Any], visual: Tensor | None, *, generating: bool
+) -> RetainedCall | None:
+    """A preset's retention is left out of a call that it cannot take part in; asked for by name, it says so."""
+    cache = kwargs.get("past_key_values")
+    optional = plan.kv_optional and not isinstance(cache, RetainedCache)
+    if optional and cache is not None:
+        return None  # the caller's own cache
+    if optional and not generating and _padded_behind(kwargs.get("attention_mask")):
+        logger.info("vlmeff: a forward pass with padding behind real tokens goes without the preset's KV retention")
+        return None
+    try:
+        return retained_call(
             model,
             decoder_of(model),
             plan.kv,
@@ -82,7 +102,15 @@ def inside_call(
             vision=visual,
             storage=plan.kv_storage,
         )
-    return out
+    except (UnsupportedCacheError, UnsupportedMaskError, RetentionStateError) as error:
+        if not optional:
+            raise
+        logger.info("vlmeff: a call goes without the preset's KV retention: %s", error)
+        return None
+
+
+def _padded_behind(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, :-1].bool() & ~mask[:, 1:].bool()).any())
 
 
 def kept_columns(keep: Tensor, mask: Tensor | None, inner: InnerPruning | None) -> Tensor:
