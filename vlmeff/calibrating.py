@@ -144,6 +144,8 @@ def calibrate_recipe(
     budgets: str | None,
     sink: int | None,
     recent: int | None,
+    tokens: str | None,
+    keep: float | None,
     resume: bool,
     device: str | None,
     dtype: str,
@@ -151,12 +153,17 @@ def calibrate_recipe(
 ) -> Any:
     """Load a model, measure it on samples and write a PrefixKV recipe file; returns the recipe.
 
-    ``budgets``: shares, separated by commas. What is known of each sample is kept beside ``out`` until that is written;
+    ``budgets``: shares, separated by commas. ``tokens``, ``keep``: the token method that shortens the prompts first, and
+    its budget. What is known of each sample is kept beside ``out`` until that is written;
     ``resume`` goes on from there.
     """
     from kvcache import PrefixKV, write_recipe
+    from vlmeff.config import make_method
     from vlmeff.vlm.calibrate_kv import BUDGETS, calibrate_prefixkv, check_budgets
+    from vlmeff.wrapping import wrap
 
+    if keep is not None and tokens is None:
+        raise ConfigError(f"--keep {keep:g} is the budget of a token method; add --tokens hiprune, for example.")
     check_file("--out", out, ".json")
     try:
         wanted = check_budgets(BUDGETS if budgets is None else [float(text) for text in budgets.split(",")])
@@ -167,6 +174,8 @@ def calibrate_recipe(
     if not resume:
         partial.unlink(missing_ok=True)
     model, samples, about = _loaded(name, source, question=question, limit=limit, device=device, dtype=dtype)
+    if tokens is not None:
+        wrap(model, None, tokens=make_method(tokens, {} if keep is None else {"keep": keep}))
     recipe = calibrate_prefixkv(
         model, samples, budgets=wanted, policy=policy, partial=partial, about=about, progress=progress
     )

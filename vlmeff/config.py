@@ -112,7 +112,7 @@ def make_plan(
     optional = kv is None and kv_storage is None and not any(name in _fields(type(policy)) for name in overrides)
     if policy is not None:
         try:
-            check_retention(model, policy, storage=kv_storage)
+            check_retention(model, policy, storage=kv_storage, token_pruning=described(chosen))
         except (UnsupportedModelError, UnsupportedCacheError) as error:
             if not optional:
                 raise
@@ -176,6 +176,16 @@ def _inner_for(model: Any, family: Family, method: Any, before: Sequence[Method]
     if before:
         method.refuse_after(before[0])
     return method
+
+
+def described(chosen: Sequence[Method]) -> str | None:
+    """Token methods with their budgets, as recipes name them: "hiprune(keep=0.5)"; None when there is none."""
+
+    def one(method: Method) -> str:
+        budget = next((f"({n}={getattr(method, n)})" for n in ("keep", "ratio") if hasattr(method, n)), "")
+        return methods.name_of(method) + budget
+
+    return " + ".join(map(one, chosen)) or None
 
 
 def make_method(name: str, arguments: dict[str, Any]) -> Method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -182,3 +183,30 @@ def test_what_cannot_be_calibrated_is_refused_and_hooks_are_removed():
         calibrate_prefixkv(model.train(), [good])
     with pytest.raises(IncompatibleError, match="unwrap"):
         calibrate_prefixkv(vlmeff.wrap(model.eval(), None, kv=POLICY), [good])
+
+
+@pytest.mark.filterwarnings("ignore:calibrate prefixkv")
+@torch.no_grad()
+def test_prompts_are_shortened_first_as_they_are_where_the_recipe_is_used():
+    tokens = vlmeff.HiPrune(keep=0.5)
+    model = vlmeff.wrap(model_and_inputs("llava", backend="eager")[0], None, tokens=tokens)
+    samples = [prompts(model, [1], seed=seed) for seed in (1, 2, 3)]
+    columns = []
+    for inputs in samples:
+        maps = model(**inputs, output_attentions=True).attentions
+        assert maps[0].shape[-1] < inputs["input_ids"].shape[1]
+        columns.append(counted([a[0].double().mean(0).sum(0).tolist() for a in maps], 0.5))
+    mean = torch.tensor(columns, dtype=torch.float64).mean(0)
+    recipe = calibrate_prefixkv(model, samples, budgets=[0.5], policy=POLICY)
+    assert recipe.keep_ratios[0.5] == pytest.approx((mean * 0.5 / mean.mean()).tolist(), abs=1e-6)
+    assert recipe.calibration["token_pruning"] == "hiprune(keep=0.5)"
+    assert vlmeff.report(model).method == "hiprune", "the plan is as it was"
+
+    policy = PrefixKV(keep_ratio=0.5, recipe=recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vlmeff.wrap(model, None, tokens=tokens, kv=policy)
+    with pytest.warns(UserWarning, match=r"calibrated with token pruning 'hiprune\(keep=0.5\)', used with None"):
+        vlmeff.wrap(model, None, kv=policy)
+    with pytest.raises(IncompatibleError, match="retains its cache already"):
+        calibrate_prefixkv(model, samples, budgets=[0.5])

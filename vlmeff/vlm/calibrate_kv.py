@@ -26,9 +26,11 @@ from kvcache.cache import RetainedCache
 from kvcache.policy import LayerStats, Scope, ScoreSpec, Selection
 from kvcache.recipe_averaging import UNSTABLE_ABOVE, half_difference, mean_shares, renormalise, std_shares
 from kvcache.request import retained_call
+from vlmeff.config import described as described_methods
 from vlmeff.errors import ConfigError, DataError, IncompatibleError
 from vlmeff.vlm.cost import head_dim, kv_heads
 from vlmeff.vlm.retention import check_retention, decoder_of, names_of
+from vlmeff.vlm.wrapped import STATE
 
 BUDGETS = tuple(tenths / 10 for tenths in range(1, 10))
 PARTIAL_FORMAT = "vlmeff kv calibration, unfinished"
@@ -77,7 +79,8 @@ def calibrate_prefixkv(
     """Derive the recipe of a model from samples of its use.
 
     Args:
-        model: an unwrapped transformers model whose cache can be retained, in eval mode; with pictures or without.
+        model: a transformers model whose cache can be retained, in eval mode; with pictures or without. Wrapped with the
+            token method that it is deployed with (and kv=False), the prompts are shortened by that first.
         samples: outputs of its processor, one prompt or a left-padded batch each, with the prompt template that it is
             deployed with. 16 to 64 prompts. Each is a forward pass; held are a few integers of each.
         budgets: shares kept, averaged over the layers, in (0, 1).
@@ -100,8 +103,7 @@ def calibrate_prefixkv(
     Source: "PrefixKV", arXiv 2412.03409. The official script writes evicted shares and leaves the averaging to the
     user; here each list is scaled to its budget.
     """
-    if "_vlmeff" in model.__dict__:
-        raise IncompatibleError("calibrate prefixkv: the model is wrapped; call vlmeff.unwrap(model) first.")
+    token_pruning = _token_pruning(model)
     if model.training:
         raise IncompatibleError("calibrate prefixkv: the model is in training mode; call model.eval() first.")
     budgets = check_budgets(budgets)
@@ -109,7 +111,8 @@ def calibrate_prefixkv(
     policy = replace(policy or PrefixKV(), recipe=None, on_small_budget="raise")
     check_retention(model, policy)
     described = _model(model, about or {})
-    done = None if partial is None else _Partial(Path(partial), _settings(described, budgets, policy, model))
+    settings = _settings(described, budgets, policy, model, token_pruning)
+    done = None if partial is None else _Partial(Path(partial), settings)
     found: list[PromptBudgets] = []
     for sample in samples:
         key = None if done is None else _digest(sample)
@@ -123,7 +126,29 @@ def calibrate_prefixkv(
             progress(len(found))
     if not found:
         raise DataError("calibrate prefixkv: there are no samples; pass outputs of the model's processor.")
-    return _recipe(found, model, described, budgets=budgets, policy=policy, source=(about or {}).get("source"))
+    return _recipe(
+        found,
+        model,
+        described,
+        budgets=budgets,
+        policy=policy,
+        source=(about or {}).get("source"),
+        token_pruning=token_pruning,
+    )
+
+
+def _token_pruning(model: Any) -> str | None:
+    """What a wrapped model does to the prompt before its language model; raises when it does more than that."""
+    if STATE not in model.__dict__:
+        return None
+    plan = model.__dict__[STATE].plan
+    if plan.kv is not None or plan.inner is not None:
+        what = "retains its cache already" if plan.kv is not None else "drops tokens between layers (AdaptInfer)"
+        raise IncompatibleError(
+            f"calibrate prefixkv: the wrapped model {what}. Wrap it with kv=False and a method that works before the "
+            "language model, or unwrap it."
+        )
+    return described_methods(plan.methods)
 
 
 def check_budgets(budgets: Sequence[float]) -> list[float]:
@@ -146,15 +171,29 @@ def measure(
     kwargs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in sample.items()}
     kwargs["use_cache"] = True
     recorder = _Recorder(needs=policy.needs)
-    call = retained_call(model, decoder_of(model), recorder, kwargs, generating=False)
-    assert call is not None
-    with call:
-        model.base_model(**kwargs)  # the logits are not needed
+    if STATE in model.__dict__:
+        _run_wrapped(model, recorder, kwargs)
+    else:
+        call = retained_call(model, decoder_of(model), recorder, kwargs, generating=False)
+        assert call is not None
+        with call:
+            model.base_model(**kwargs)  # the logits are not needed
     out = []
     for stats in recorder.shown:
         kept = [[int(k) for k in replace(policy, keep_ratio=budget).allocate(stats).kept] for budget in budgets]
         out.append(PromptBudgets(n=stats[0].n, kept=kept))
     return out
+
+
+def _run_wrapped(model: Any, recorder: _Recorder, kwargs: Mapping[str, Any]) -> None:
+    """A forward pass as the plan has it, with the recorder for its retention."""
+    state = model.__dict__[STATE]
+    plan, report = state.plan, state.report
+    state.plan = replace(plan, kv=recorder, kv_optional=False)
+    try:
+        model(**kwargs)
+    finally:
+        state.plan, state.report = plan, report
 
 
 def _recipe(
@@ -165,6 +204,7 @@ def _recipe(
     budgets: Sequence[float],
     policy: PrefixKV,
     source: str | None,
+    token_pruning: str | None,
 ) -> Recipe:
     keep_ratios, std, halves = {}, {}, {}
     for i, budget in enumerate(budgets):
@@ -196,7 +236,7 @@ def _recipe(
             "dataset": source,
             "samples": len(found),
             "mean_prompt_tokens": round(math.fsum(prompt.n for prompt in found) / len(found), 2),
-            "token_pruning": None,
+            "token_pruning": token_pruning,
             "half_difference": halves,
             "dtype": str(model.dtype).removeprefix("torch."),
             "versions": _versions(),
@@ -232,12 +272,19 @@ def _versions() -> dict[str, str]:
 # -- the file of an unfinished calibration: a line of settings, then a line for each sample
 
 
-def _settings(described: Mapping[str, Any], budgets: Sequence[float], policy: PrefixKV, model: Any) -> dict[str, Any]:
+def _settings(
+    described: Mapping[str, Any],
+    budgets: Sequence[float],
+    policy: PrefixKV,
+    model: Any,
+    token_pruning: str | None,
+) -> dict[str, Any]:
     return {
         "format": PARTIAL_FORMAT,
         "model": dict(described),
         "budgets": list(budgets),
         **{name: getattr(policy, name) for name in ("metric", "window", "sink", "recent")},
+        "token_pruning": token_pruning,
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": _versions(),
     }

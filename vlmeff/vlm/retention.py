@@ -10,8 +10,9 @@ from torch import nn
 from kvcache import RetentionPolicy
 from kvcache.cache import RetainedCache
 from kvcache.controller import attention_module
+from kvcache.quantization import BITS, value_group
 from vlmeff import zoo
-from vlmeff.errors import UnsupportedModelError
+from vlmeff.errors import ConfigError, UnsupportedModelError
 from vlmeff.vlm.cost import head_dim, kv_heads
 
 
@@ -27,15 +28,28 @@ def decoder_of(model: Any) -> nn.Module:
     )
 
 
-def check_retention(model: Any, policy: RetentionPolicy, *, storage: Any = None) -> None:
-    """Raise ``UnsupportedModelError`` (or what a recipe raises) for a model whose cache cannot be retained by it."""
+def check_retention(
+    model: Any, policy: RetentionPolicy, *, storage: Any = None, token_pruning: str | None = None
+) -> None:
+    """Raise for a model whose cache cannot be retained by the policy, or cannot be stored as asked for.
+
+    ``token_pruning``: what shortens the prompt before; a recipe that was calibrated with something else warns.
+
+    Raises:
+        UnsupportedModelError: as ``RetainedCache`` and ``attention_module``.
+        ConfigError: unknown storage, or a head dim that it cannot be had for.  What a recipe raises.
+    """
+    if storage is not None and storage not in tuple(BITS):
+        raise ConfigError(f"wrap: kv_storage={storage!r} must be one of {', '.join(map(repr, BITS))}, or None.")
     cache = RetainedCache(model.config, policy, storage=storage)
+    text = model.config.get_text_config()
     for index, layer in enumerate(decoder_of(model).layers):  # type: ignore[arg-type]
         if index in cache.retained:
-            attention_module(layer, index)
+            module = attention_module(layer, index)
+            if storage is not None:
+                _check_storage(storage, getattr(module, "v_head_dim", None) or getattr(module, "head_dim", None), text)
     recipe = getattr(policy, "recipe", None)
     if recipe is not None:
-        text = model.config.get_text_config()
         names, known = names_of(model), recipe.model.get("id")
         recipe.check_model(
             layers=cache.retained,
@@ -43,7 +57,17 @@ def check_retention(model: Any, policy: RetentionPolicy, *, storage: Any = None)
             head_dim=head_dim(text),
             hidden_layers=text.num_hidden_layers,
             model_id=known if known in names else next(iter(names), None),
+            token_pruning=token_pruning,
         )
+
+
+def _check_storage(storage: str, value_width: Any, text_config: Any) -> None:
+    """``value_width``: channels of a value, of the module; else the configuration says."""
+    width = value_width if isinstance(value_width, int) else head_dim(text_config)
+    try:
+        value_group(width)
+    except ConfigError as error:
+        raise ConfigError(f"wrap: kv_storage={storage!r} does not fit this model; leave it out. {error}") from error
 
 
 def names_of(model: Any) -> tuple[str, ...]:
