@@ -153,9 +153,9 @@ def calibrate_recipe(
 ) -> Any:
     """Load a model, measure it on samples and write a PrefixKV recipe file; returns the recipe.
 
-    ``budgets``: shares, separated by commas. ``tokens``, ``keep``: the token method that shortens the prompts first, and
-    its budget. What is known of each sample is kept beside ``out`` until that is written;
-    ``resume`` goes on from there.
+    ``budgets``: shares, separated by commas. ``tokens``, ``keep``: the token method that shortens the prompts first,
+    and its budget. What is known of each sample is kept beside ``out`` until that is written; ``resume`` goes on from
+    there.
     """
     from kvcache import PrefixKV, write_recipe
     from vlmeff.config import make_method

@@ -38,8 +38,8 @@ class Plan:
     """What a wrapped model does. ``preset`` and ``entry`` say where it comes from.
 
     ``reduction`` shortens the prompt before the language model, ``inner`` drops tokens between its layers, ``kv`` says
-    which entries of the prompt the cache keeps. ``kv_optional``: it comes from the preset, so a call that it cannot take
-    part in goes without it.
+    which entries of the prompt the cache keeps. ``kv_optional``: it comes from the preset, so a call that it cannot
+    take part in goes without it.
     """
 
     preset: str | None = None

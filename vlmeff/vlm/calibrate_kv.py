@@ -79,8 +79,8 @@ def calibrate_prefixkv(
     """Derive the recipe of a model from samples of its use.
 
     Args:
-        model: a transformers model whose cache can be retained, in eval mode; with pictures or without. Wrapped with the
-            token method that it is deployed with (and kv=False), the prompts are shortened by that first.
+        model: a transformers model whose cache can be retained, in eval mode; with pictures or without. Wrapped with
+            the token method that it is deployed with (and kv=False), the prompts are shortened by that first.
         samples: outputs of its processor, one prompt or a left-padded batch each, with the prompt template that it is
             deployed with. 16 to 64 prompts. Each is a forward pass; held are a few integers of each.
         budgets: shares kept, averaged over the layers, in (0, 1).
