@@ -11,8 +11,10 @@ pass, which equals token by token. Scored are
   answer, so that text can be copied;
 * ``second_turn_unsaid``: the same behind a reference that leaves the asked object out: only the picture can tell.
 
-Random places are averaged over seeds: the places of one seed are the same for every prompt of a length. Beside the
-JSON a chart is drawn (the same name, .png). The file is written after every setting; a second run skips what is there.
+Random places are averaged over seeds: the places of one seed are the same for every prompt of a length. Every PrefixKV
+is compared with the others document by document; the intervals are over documents, with the seeds as they are. Beside
+the JSON a chart is drawn (the same name, .png). The file is written after every setting; a second run skips what is
+there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -42,17 +46,24 @@ from vlmeff.evaluation.questions import Item, is_right, mosaic_items
 from vlmeff.loading import embedded_folder
 
 KEEP_RATIOS = (0.05, 0.1, 0.3, 0.5, 1.0)
-# Name of a curve -> (policy, arguments, seeds). The last is chance with PrefixKV's own protected first and last tokens,
-# at the ratios that are compared only.
-CURVES: dict[str, tuple[str, dict[str, int], tuple[int, ...]]] = {
-    "prefixkv": ("prefixkv", {}, (0,)),
-    "snapkv": ("snapkv", {}, (0,)),
-    "streaming_llm": ("streaming_llm", {}, (0,)),
-    "random": ("random", {}, (0, 1, 2)),
-    "random with ends": ("random", {"sink": 4, "recent": 8}, (0,)),
+SEEDS = (0, 1, 2, 3, 4)
+# Name of a curve -> (policy, arguments, seeds). "paper ends" are the one first and one last token that the paper's
+# evaluation protects; "random with ends" is chance with the first and last tokens that PrefixKV protects by default.
+CURVES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "prefixkv": ("prefixkv", {}, ()),
+    "prefixkv mean": ("prefixkv", {"metric": "mean"}, ()),
+    "prefixkv window 8": ("prefixkv", {"metric": "window", "window": 8}, ()),
+    "prefixkv window 32": ("prefixkv", {"metric": "window", "window": 32}, ()),
+    "prefixkv paper ends": ("prefixkv", {"sink": 1, "recent": 1}, ()),
+    "snapkv": ("snapkv", {}, ()),
+    "snapkv window 8": ("snapkv", {"window": 8}, ()),
+    "streaming_llm": ("streaming_llm", {}, ()),
+    "random": ("random", {}, SEEDS),
+    "random with ends": ("random", {"sink": 4, "recent": 8}, SEEDS),
 }
-PAIRED_RATIOS = (0.3, 0.5)
-AGAINST = ("random", "random with ends", "streaming_llm")
+OURS = tuple(curve for curve, (policy, _, _) in CURVES.items() if policy == "prefixkv")
+AGAINST = ("random", "random with ends", "streaming_llm", "snapkv window 8", "prefixkv")
+TURNS = ("second_turn", "second_turn_unsaid")
 RESAMPLES = 10_000
 BATCH = 16
 
@@ -149,7 +160,7 @@ def score(
     out: dict[str, list[Any]] = {"nll": [], "tokens": [], "second_turn": [], "second_turn_unsaid": []}
     for batch in batches:
         cache = model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
-        for name, rows in (("second_turn", batch.said), ("second_turn_unsaid", batch.unsaid)):
+        for name, rows in zip(TURNS, (batch.said, batch.unsaid), strict=True):
             logits = go_on(model, batch, copy.deepcopy(cache), rows).float()
             for i, (row, question) in enumerate(zip(rows, batch.questions, strict=True)):
                 answer = processor.tokenizer.decode([int(logits[i, len(row) - 1].argmax())])
@@ -165,7 +176,10 @@ def score(
 
 
 def merged(runs: list[dict[str, Any]], *, keep_documents: bool) -> dict[str, Any]:
-    """The figures of one setting: of one run, or the mean over seeds (of NLLs, not of perplexities)."""
+    """The figures of one setting: of one run, or the mean over seeds (of NLLs, not of perplexities).
+
+    Per document: ``document_nll``, and ``document_second_turn`` (``_unsaid``), one digit each: the runs that are right.
+    """
     nll = torch.tensor([run["nll"] for run in runs], dtype=torch.float64)
     tokens = torch.tensor(runs[0]["tokens"])
     mean = nll.mean(0)
@@ -173,44 +187,67 @@ def merged(runs: list[dict[str, Any]], *, keep_documents: bool) -> dict[str, Any
         "mean_nll": round(float(mean.sum() / tokens.sum()), 6),
         "perplexity": round(math.exp(float(mean.sum() / tokens.sum())), 5),
     }
-    for name in ("second_turn", "second_turn_unsaid"):
-        out[name] = round(float(torch.tensor([run[name] for run in runs]).double().mean()), 4)
+    right = {name: torch.tensor([run[name] for run in runs]).long().sum(0) for name in TURNS}
+    for name in TURNS:
+        out[name] = round(float(right[name].double().mean()) / len(runs), 4)
     if len(runs) > 1:
         out["perplexity_of_seeds"] = [round(math.exp(float(n.sum() / tokens.sum())), 5) for n in nll]
+        for name in TURNS:
+            out[f"{name}_of_seeds"] = [round(sum(run[name]) / len(run[name]), 4) for run in runs]
     if keep_documents:
-        out["document_nll"] = [round(float(n), 5) for n in mean / tokens]
+        out["document_nll"] = [round(float(n), 4) for n in mean / tokens]
+        for name in TURNS:
+            out[f"document_{name}"] = "".join(map(str, right[name].tolist()))
     return out
 
 
 def settings() -> Iterator[tuple[str, float, list[Any]]]:
     """(curve, keep_ratio, one policy per seed)."""
-    for keep_ratio in sorted(KEEP_RATIOS, key=lambda r: (r not in PAIRED_RATIOS, r)):  # what is compared comes first
+    for keep_ratio in KEEP_RATIOS:
         for curve, (name, arguments, seeds) in CURVES.items():
-            if arguments and keep_ratio not in PAIRED_RATIOS:
-                continue
-            seeds = seeds[:1] if keep_ratio == 1.0 else seeds
-            seeded = [{"seed": seed} if name == "random" else {} for seed in seeds]
+            if keep_ratio == 1.0 and arguments:
+                continue  # everything is kept whatever the arguments: one run of each policy shows it
             kind: Any = policies.get(name)
-            yield curve, keep_ratio, [kind(keep_ratio=keep_ratio, **arguments, **s) for s in seeded]
+            seeded: list[dict[str, int]] = [{"seed": seed} for seed in seeds] or [{}]
+            seeded = seeded[:1] if keep_ratio == 1.0 else seeded
+            yield curve, keep_ratio, [kind(keep_ratio=keep_ratio, **arguments, **seed) for seed in seeded]
+
+
+@functools.cache
+def resampling(count: int, seed: int) -> Tensor:
+    """[RESAMPLES, count] float64: the share of each document in each sample drawn with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
+    shares = torch.zeros(RESAMPLES, count, dtype=torch.float64)
+    return shares.scatter_add_(1, drawn, torch.full_like(shares, 1 / count))
 
 
 def interval(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
     """Mean of a - b over documents, with the 95 % interval of a paired percentile bootstrap."""
     difference = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(difference), (RESAMPLES, len(difference)), generator=generator)
-    low, high = torch.quantile(difference[drawn].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    means = resampling(len(difference), seed) @ difference
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"mean": round(float(difference.mean()), 5), "interval_95": [round(low, 5), round(high, 5)]}
 
 
+def per_document(result: dict[str, Any], measure: str) -> list[float]:
+    """``measure`` of each document: its mean NLL per token, or the share of the runs that answer right."""
+    if measure == "nll":
+        return list(result["document_nll"])
+    return [int(digit) / result["runs"] for digit in result[f"document_{measure}"]]
+
+
 def comparisons(results: dict[str, Any]) -> dict[str, Any]:
-    """PrefixKV minus the others in the per-document mean NLL: below zero is better."""
-    out = {}
-    for keep_ratio in PAIRED_RATIOS:
-        for other in AGAINST:
-            pair = [results.get(label(curve, keep_ratio), {}).get("document_nll") for curve in ("prefixkv", other)]
-            if None not in pair:
-                out[f"prefixkv - {other} at {keep_ratio}"] = interval(*pair)
+    """measure -> "a - b" -> keep_ratio -> interval, a any PrefixKV. Better is below 0 in NLL, above 0 in a turn."""
+    out: dict[str, Any] = {}
+    for measure in ("nll", *TURNS):
+        for ours, other in itertools.product(OURS, AGAINST):
+            for keep_ratio in KEEP_RATIOS[:-1]:
+                pair = [results.get(label(curve, keep_ratio)) for curve in (ours, other)]
+                if ours == other or pair[0] is None or pair[1] is None:
+                    continue
+                found = out.setdefault(measure, {}).setdefault(f"{ours} - {other}", {})
+                found[str(keep_ratio)] = interval(*(per_document(result, measure) for result in pair if result))
     return out
 
 
@@ -218,51 +255,77 @@ def label(curve: str, keep_ratio: float) -> str:
     return f"{curve} {keep_ratio}"
 
 
-COLORS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (120, 120, 120))  # hues of Okabe and Ito
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, SIZE = 760, 420, 70, 20, 70, 50, 14
+# Hues of Okabe and Ito; PrefixKV in blues and black, disks; the others in warm hues, squares.
+COLORS = dict(
+    zip(
+        CURVES,
+        ("#000000", "#0072b2", "#56b4e9", "#9ad0f0", "#888888", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#7a3b5e"),
+        strict=True,
+    )
+)
+PANEL, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, SIZE = 640, 520, 70, 20, 120, 50, 14
 INK, GRID = (20, 20, 20), (222, 222, 222)
 
 
 def draw(results: dict[str, Any], *, title: str) -> Image.Image:
-    """Mean NLL over keep_ratio, one line per curve; both axes logarithmic."""
+    """Mean NLL and second-turn accuracy over keep_ratio, side by side."""
+    image = Image.new("RGB", (2 * PANEL, HEIGHT), (255, 255, 255))
+    pen = ImageDraw.Draw(image)
+    pen.text((PANEL, 16), title, fill=INK, font_size=SIZE + 1, anchor="mm")
+    for number, (curve, color) in enumerate(COLORS.items()):
+        x, y = LEFT + number % 5 * 240, 44 + number // 5 * 22
+        pen.line([(x, y), (x + 24, y)], fill=color, width=3)
+        mark(pen, (x + 12, y), color, disk=curve in OURS)
+        pen.text((x + 32, y), curve, fill=INK, font_size=SIZE, anchor="lm")
+    panel(pen, results, "mean_nll", "mean NLL per token of the description", left=LEFT, log=True)
+    panel(pen, results, TURNS[1], "second turn, object unsaid: share right", left=PANEL + LEFT, log=False)
+    return image
+
+
+def panel(pen: ImageDraw.ImageDraw, results: dict[str, Any], measure: str, title: str, *, left: int, log: bool) -> None:
+    """One line per curve over the logarithm of keep_ratio; everything kept is the unwrapped model's point."""
     lines = {
-        curve: [(r, results[label(curve, r)]["mean_nll"]) for r in KEEP_RATIOS if label(curve, r) in results]
+        curve: [(r, results[label(curve, r)][measure]) for r in KEEP_RATIOS[:-1] if label(curve, r) in results]
+        + [(KEEP_RATIOS[-1], results["unwrapped"][measure])]
         for curve in CURVES
     }
     values = [y for line in lines.values() for _, y in line]
-    low, high = math.log(min(values) * 0.9), math.log(max(values) * 1.1)
-    left, right = math.log(KEEP_RATIOS[0]), math.log(KEEP_RATIOS[-1])
-    image = Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255))
-    pen = ImageDraw.Draw(image)
+    scale: Callable[[float], float] = math.log if log else float
+    low, high = (scale(min(values) * 0.9), scale(max(values) * 1.1)) if log else (0.0, 1.0)
+    first, last = math.log(KEEP_RATIOS[0]), math.log(KEEP_RATIOS[-1])
+    right, bottom = left + PANEL - LEFT - RIGHT, HEIGHT - BOTTOM
 
-    def place(x: float, y: float) -> tuple[int, int]:
-        across, up = (math.log(x) - left) / (right - left), (math.log(y) - low) / (high - low)
-        return round(LEFT + across * (WIDTH - LEFT - RIGHT)), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM))
+    def place(x: float, height: float) -> tuple[int, int]:
+        across, up = (math.log(x) - first) / (last - first), (height - low) / (high - low)
+        return round(left + across * (right - left)), round(bottom - up * (bottom - TOP))
 
-    pen.text((WIDTH // 2, 16), title, fill=INK, font_size=SIZE, anchor="mm")
+    pen.text(((left + right) // 2, TOP - 16), title, fill=INK, font_size=SIZE, anchor="mm")
     for number in range(6):
-        y = math.exp(low + number * (high - low) / 5)
-        pen.line([place(KEEP_RATIOS[0], y), place(KEEP_RATIOS[-1], y)], fill=GRID)
-        pen.text((LEFT - 8, place(KEEP_RATIOS[0], y)[1]), f"{y:.2g}", fill=INK, font_size=SIZE, anchor="rm")
+        height = low + number * (high - low) / 5
+        pen.line([place(KEEP_RATIOS[0], height), place(KEEP_RATIOS[-1], height)], fill=GRID)
+        text = f"{math.exp(height) if log else height:.2g}"
+        pen.text((left - 8, place(KEEP_RATIOS[0], height)[1]), text, fill=INK, font_size=SIZE, anchor="rm")
     for x in KEEP_RATIOS:
-        pen.text((place(x, math.exp(low))[0], HEIGHT - BOTTOM + 6), f"{x:g}", fill=INK, font_size=SIZE, anchor="mt")
-    pen.text((WIDTH // 2, HEIGHT - 8), "share of the prompt's entries kept", fill=INK, font_size=SIZE, anchor="mb")
-    column = LEFT
-    for color, (curve, line) in zip(COLORS, lines.items(), strict=True):
-        pen.line([(column, 44), (column + 20, 44)], fill=color, width=3)
-        pen.text((column + 26, 44), curve, fill=INK, font_size=SIZE, anchor="lm")
-        column += 44 + int(pen.textlength(curve, font_size=SIZE))
-        points = [place(x, y) for x, y in line]
-        pen.line(points, fill=color, width=2)
-        for x, y in points:
-            pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
-    return image
+        pen.text((place(x, low)[0], bottom + 10), f"{x:g}", fill=INK, font_size=SIZE, anchor="mt")
+    about = "share of the prompt's entries kept"
+    pen.text(((left + right) // 2, HEIGHT - 8), about, fill=INK, font_size=SIZE, anchor="mb")
+    for curve, line in lines.items():
+        points = [place(x, scale(y)) for x, y in line]
+        pen.line(points, fill=COLORS[curve], width=2)
+        for point in points:
+            mark(pen, point, COLORS[curve], disk=curve in OURS)
+
+
+def mark(pen: ImageDraw.ImageDraw, point: tuple[int, int], color: str, *, disk: bool) -> None:
+    box = (point[0] - 4, point[1] - 4, point[0] + 4, point[1] + 4)
+    (pen.ellipse if disk else pen.rectangle)(box, fill=color)
 
 
 def write(out: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2)
-    # Lists of numbers on one line.
+    # Lists of numbers on one line, and intervals.
     text = re.sub(r"\[[-\d.,e\s]+\]", lambda m: re.sub(r"\s+", " ", m[0]).replace("[ ", "[").replace(" ]", "]"), text)
+    text = re.sub(r'\{\s+("mean": [^{}]+?)\s+\}', lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text + "\n")
 
@@ -301,7 +364,9 @@ def main() -> None:
             results["unwrapped"] = merged([run("unwrapped")], keep_documents=False)
         for curve, keep_ratio, seeded in settings():
             name = label(curve, keep_ratio)
-            if name in results:
+            policy_name, arguments, _ = CURVES[curve]
+            setting = {"policy": policy_name, "arguments": arguments, "keep_ratio": keep_ratio, "runs": len(seeded)}
+            if results.get(name, {}).items() >= setting.items():
                 continue
             runs = []
             for policy in seeded:
@@ -311,14 +376,13 @@ def main() -> None:
             kept = None if retention is None else retention.keep_ratio  # of the last document
             vlmeff.unwrap(model)
             results[name] = {
-                "policy": seeded[0].__class__.__name__,
-                "keep_ratio": keep_ratio,
+                **setting,
                 "kept": None if kept is None else round(kept, 4),
-                **merged(runs, keep_documents=keep_ratio in PAIRED_RATIOS),
+                **merged(runs, keep_documents=keep_ratio < 1.0),
             }
-            write(args.out, {**header, "comparisons": comparisons(results), "settings": results})
-    title = f"tiny-llava, {args.documents} descriptions: mean NLL per token"
-    draw(results, title=title).save(args.out.with_suffix(".png"))
+            write(args.out, {**header, "settings": results})
+    write(args.out, {**header, "comparisons": comparisons(results), "settings": results})
+    draw(results, title=f"tiny-llava, {args.documents} documents").save(args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

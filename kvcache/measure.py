@@ -38,7 +38,7 @@ def measure_kernel(
     q, k = q[:, :, first:end].detach(), k[:, :, :keys].detach()
     valid = None if layer.valid is None else layer.valid[:, :keys].to(q.device)
     last_key = None if last_key is None else last_key[:, first:end].to(q.device)
-    if policy.needs.kind == "full":
+    if policy.needs.sums:
         per_head = policy.selection == "per_head"
         new = scores.full_scores(q, k, scale=scale, per_head=per_head, valid=valid, last_key=last_key, softcap=softcap)
         layer.scores = scores.accumulate(layer.scores, new)
@@ -55,7 +55,7 @@ def measure_weights(layer: RetainedLayer, policy: RetentionPolicy, prompt_length
     keys = layer.seen - weights.shape[2] + end
     weights = weights[:, :, first:end, :keys].detach()
     valid = None if layer.valid is None else layer.valid[:, :keys].to(weights.device)
-    if policy.needs.kind == "full":
+    if policy.needs.sums:
         per_head, kv_heads = policy.selection == "per_head", layer.keys.shape[1]
         new = scores.full_scores_of_weights(weights, kv_heads=kv_heads, per_head=per_head, valid=valid)
         layer.scores = scores.accumulate(layer.scores, new)

@@ -22,11 +22,18 @@ class ScoreSpec:
     """What has to be measured while the prompt goes through.
 
     ``kind``: "none"; "keys" (norms of the keys); "window" (attention of the last ``window`` queries); "full" (of all
-    queries); "post_vision" (of the queries behind the last visual token).
+    queries); "post_vision" (of the queries behind the last visual token). ``summed``: of a window the sum over its
+    queries will do, so that no rows have to be held.
     """
 
     kind: Literal["none", "keys", "window", "full", "post_vision"] = "none"
     window: int = 32
+    summed: bool = False
+
+    @property
+    def sums(self) -> bool:
+        """Whether ``LayerStats.scores`` is what is measured, not rows of attention."""
+        return self.kind == "full" or self.summed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

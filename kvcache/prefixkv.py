@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from kvcache.budget import Allocation, OnSmallBudget, solve_budgets
@@ -35,8 +36,10 @@ class PrefixKV:
             compacted right after its own attention. None: found for each prompt, after its last layer.
         sink, recent: first and last tokens of the prompt that always stay, on top of the threshold's. None: the
             recipe's, else 4 and 8; the paper's evaluation has 1 and 1.
-        metric: importance is the attention received from all queries of the prompt ("full", the paper's) or from its
-            last ``window`` ones ("window", for long prompts). None: the recipe's, else "full".
+        metric: what a token's importance is. "full", the paper's: the attention it receives from all queries of the
+            prompt, summed, so that an early token, which more queries can see, counts for more. "mean": that sum
+            divided by the number of those queries, so that place does not count. "window": the attention from the
+            last ``window`` queries, for long prompts. None: the recipe's, else "full".
         window: None: the recipe's, else 32.
         decode: what becomes of the cache while text is generated: "grow" keeps all of it, "fixed_point" holds each
             layer at its share of what has been seen (the paper's), "window" holds the last ``decode_window`` tokens.
@@ -93,7 +96,8 @@ class PrefixKV:
 
     @property
     def needs(self) -> ScoreSpec:
-        return ScoreSpec(kind=self.metric, window=self.window)
+        window = self.metric == "window"
+        return ScoreSpec(kind="window" if window else "full", window=self.window, summed=window)
 
     @property
     def scope(self) -> Scope:
@@ -129,12 +133,15 @@ class PrefixKV:
         return top_slots(scores, k, protected=protected)
 
     def importance(self, stats: LayerStats) -> Tensor:
-        """[n] float32: attention received, mean over the heads, summed over the queries."""
-        if self.metric == "full":
-            assert stats.scores is not None
+        """[n] float32: attention received, mean over the heads, summed over the queries; "mean": over n - j.
+
+        Token j of n is seen by the n - j queries from its own on. Where the tokens of a picture see one another both
+        ways, it is seen by a few more, which are not counted.
+        """
+        assert stats.scores is not None
+        if self.metric != "mean":
             return stats.scores
-        assert stats.probs is not None
-        return stats.probs.mean(0).sum(0)
+        return stats.scores / torch.arange(stats.n, 0, -1, device=stats.scores.device)
 
     def _from_recipe(self, stats: LayerStats) -> int:
         assert isinstance(self.recipe, Recipe)

@@ -26,8 +26,8 @@ class PyramidKV:
         window, kernel, pool, text_first: as ``SnapKV``.
 
     Source: arXiv 2406.02069, in kvpress 0.5.5's form. Differs in the rounding: the layers add up to
-    round(keep_ratio * L * n), by largest remainder. Where tokens are dropped between layers each layer has the pyramid of
-    its own n, so that the first layers, which get most tokens, weigh more than their share.
+    round(keep_ratio * L * n), by largest remainder. Where tokens are dropped between layers each layer has the pyramid
+    of its own n, so that the first layers, which get most tokens, weigh more than their share.
     """
 
     keep_ratio: float = 0.5

@@ -21,7 +21,7 @@ from kvcache.budget import OnSmallBudget, recipe_budgets
 from kvcache.checks import check_keep_ratio
 from vlmeff.errors import RecipeFormatError, RecipeMismatchError
 
-Metric = Literal["full", "window"]
+Metric = Literal["full", "mean", "window"]
 FORMAT = "vlmeff.kv_recipe"
 VERSION = 1
 MEAN_TOLERANCE = 0.01  # between a list's mean and the budget it stands for

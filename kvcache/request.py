@@ -61,7 +61,7 @@ def retained_call(
             return None
         _check_generation(model, kwargs, generating=generating)
     _check_not_compiled(model, text_model)
-    _check_inputs(kwargs, cache if isinstance(cache, RetainedCache) else None)
+    _check_inputs(kwargs, cache if isinstance(cache, RetainedCache) else None, generating=generating)
     if torch.is_grad_enabled() and text_model.training:
         raise RetentionStateError(
             "KV retention cannot be trained through: call model.eval() and torch.no_grad(), or use kv=None."
@@ -130,13 +130,18 @@ def _check_not_compiled(model: Any, text_model: Any) -> None:
         )
 
 
-def _check_inputs(kwargs: dict[str, Any], cache: RetainedCache | None) -> None:
+def _check_inputs(kwargs: dict[str, Any], cache: RetainedCache | None, *, generating: bool) -> None:
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     begun = cache is not None and cache.get_seq_length() > 0
     if begun and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UnsupportedMaskError(
             "attention_mask: a cache that KV retention has evicted from takes the 2-D mask of the whole sequence; "
             "other masks name columns that are gone."
+        )
+    if begun and generating and mask is not None and bool((mask[:, -1] == 0).any()):
+        raise UnsupportedMaskError(
+            "attention_mask: a row of the new turn ends with padding, so generate would go on from padding: put it in "
+            "front of the row's new tokens."
         )
     packed = next((name for name in PACKED if kwargs.get(name) is not None), None)
     if packed is None and mask is None and isinstance(positions, Tensor) and positions.ndim == 2:

@@ -1,8 +1,14 @@
-"""The KV quality benchmark: keeping everything is the unwrapped model, keeping little is not, token by token agrees."""
+"""The KV quality benchmark: keeping everything is the unwrapped model, keeping little is not, token by token agrees.
+
+And the committed result: what is claimed of it holds, and its comparisons are those of its documents.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import random
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +18,10 @@ import torch
 from PIL import Image
 
 import vlmeff
+from kvcache import LayerStats
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "kv_quality.py"
+RESULT = SCRIPT.parent / "results" / "kv_quality.json"
 DOCUMENTS = 12
 
 
@@ -113,3 +121,80 @@ def test_every_document_asks_for_an_object_of_its_own_picture(benchmark):
         assert (describe.pixels == question.pixels).all()
         left = benchmark.without(describe.answer, question.question)
         assert left.count("a ") == describe.answer.count("a ") - 1
+
+
+def test_digits_of_documents_are_runs_that_are_right(benchmark):
+    runs = [
+        {"nll": [1.0, 3.0], "tokens": [2, 3], "second_turn": [True, False], "second_turn_unsaid": [True, True]},
+        {"nll": [3.0, 6.0], "tokens": [2, 3], "second_turn": [True, False], "second_turn_unsaid": [False, True]},
+    ]
+    found = benchmark.merged(runs, keep_documents=True)
+    assert found["mean_nll"] == pytest.approx((2 + 4.5) / 5)
+    assert (found["second_turn"], found["second_turn_unsaid"]) == (0.5, 0.75)
+    assert found["second_turn_unsaid_of_seeds"] == [1.0, 0.5]
+    result = {**found, "runs": 2}
+    assert benchmark.per_document(result, "nll") == [1.0, 1.5]
+    assert benchmark.per_document(result, "second_turn") == [1.0, 0.0]
+    assert benchmark.per_document(result, "second_turn_unsaid") == [0.5, 1.0]
+
+
+def test_the_mean_metric_is_the_mean_attention_of_the_queries_that_see_a_token():
+    n, rng = 40, random.Random(0)
+    rows = [[rng.lognormvariate(0, 1) for _ in range(i + 1)] for i in range(n)]
+    rows = [[x / sum(row) for x in row] for row in rows]  # causal attention, one head
+    received = [sum(row[j] for row in rows if j < len(row)) for j in range(n)]
+    stats = LayerStats(layer=0, layers=1, n=n, kv_heads=1, scores=torch.tensor(received))
+    policy = vlmeff.PrefixKV(keep_ratio=0.5, metric="mean", sink=1, recent=2)
+    assert policy.needs.kind == "full"
+    expected = [statistics.mean(row[j] for row in rows if j < len(row)) for j in range(n)]
+    assert policy.importance(stats).tolist() == pytest.approx(expected, rel=1e-5)
+    best = sorted(range(1, n - 2), key=lambda j: -expected[j])[:17]
+    assert policy.select(stats, 20).tolist() == sorted([0, n - 2, n - 1, *best])
+    full = vlmeff.PrefixKV(keep_ratio=0.5, sink=1, recent=2)
+    assert full.importance(stats) is stats.scores
+    assert full.select(stats, 20).tolist() != policy.select(stats, 20).tolist()
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(RESULT.read_text())
+    return content
+
+
+def test_the_committed_result_is_of_these_settings_and_its_comparisons_are_of_its_documents(benchmark, committed):
+    assert committed["documents"] >= 500
+    results = committed["settings"]
+    assert set(results) == {"unwrapped"} | {benchmark.label(curve, r) for curve, r, _ in benchmark.settings()}
+    for curve, keep_ratio, policies in benchmark.settings():
+        result = results[benchmark.label(curve, keep_ratio)]
+        assert (result["arguments"], result["runs"]) == (benchmark.CURVES[curve][1], len(policies))
+        if keep_ratio == 1.0:
+            measures = ("mean_nll", "second_turn", "second_turn_unsaid")
+            assert [result[m] for m in measures] == pytest.approx([results["unwrapped"][m] for m in measures], abs=1e-5)
+        else:
+            assert len(benchmark.per_document(result, "nll")) == committed["documents"]
+    for measure, pairs in committed["comparisons"].items():
+        assert len(pairs) == len(benchmark.OURS) * len(benchmark.AGAINST) - 1  # not PrefixKV with itself
+        for pair, found in pairs.items():
+            for keep_ratio, figures in found.items():
+                a, b = (benchmark.per_document(results[f"{x} {keep_ratio}"], measure) for x in pair.split(" - "))
+                assert figures["mean"] == pytest.approx(statistics.mean(a) - statistics.mean(b), abs=2e-5)
+                assert figures["interval_95"][0] <= figures["mean"] <= figures["interval_95"][1]
+
+
+@pytest.mark.parametrize("curve", ["prefixkv", "prefixkv mean"])
+def test_prefixkv_is_better_than_chance_and_the_ends_alone_at_the_ratios_in_use(committed, curve):
+    for other in ("random", "streaming_llm", "random with ends"):
+        for keep_ratio in ("0.3", "0.5"):
+            low, high = committed["comparisons"]["nll"][f"{curve} - {other}"][keep_ratio]["interval_95"]
+            assert low <= high < 0, (other, keep_ratio)
+
+
+def test_the_mean_metric_is_better_than_the_papers_and_than_every_random_draw_between_the_same_ends(committed):
+    results = committed["settings"]
+    for keep_ratio in ("0.05", "0.1", "0.3", "0.5"):
+        found = committed["comparisons"]["nll"]["prefixkv mean - prefixkv"][keep_ratio]
+        assert found["interval_95"][1] < 0
+        draws = results[f"random with ends {keep_ratio}"]["perplexity_of_seeds"]
+        assert len(draws) == 5
+        assert results[f"prefixkv mean {keep_ratio}"]["perplexity"] < min(draws)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_llama import llama_inputs, tiny_llama
 from tiny_models import ALL_MODELS, VIDEO_MODELS, prompts, tiny, video_prompts
 
 import vlmeff
+from kvcache import policies
+from kvcache.cache import RetainedCache
 from vlmeff.errors import ConfigError, UnsupportedInputError, UnsupportedModelError
 
 METHODS = {
@@ -182,3 +185,118 @@ def test_what_is_no_picture_is_refused():
         vlmeff.plan(model, (1, 1000), None, tokens="downsample")
     with pytest.raises(ConfigError, match="cannot be prepared"):
         vlmeff.plan(tiny("qwen2_5_vl"), (1, 1000), None, tokens="downsample")
+
+
+# KV retention
+
+PREFIXKV = vlmeff.PrefixKV(keep_ratio=0.6, sink=1, recent=2)
+STORAGES = [None, "int8", "int4", "int2"]
+
+
+def retained(model, inputs, kv, **options):
+    """The forecast, and what a forward pass then measured."""
+    forecast = vlmeff.plan(model, inputs, None, kv=kv, **options)
+    with torch.no_grad():
+        vlmeff.wrap(model, None, kv=kv, **options)(**inputs)
+    report = vlmeff.report(model)
+    assert forecast.method == report.method
+    assert forecast.prompt_tokens_after == report.prompt_tokens_after
+    assert forecast.visual_tokens_before == report.visual_tokens_before
+    return forecast, report
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_the_cache_of_one_row_is_to_the_byte_what_the_plan_says(name):
+    for model, inputs in (
+        (tiny_llama(), llama_inputs([61])),
+        (tiny("qwen2_5_vl"), prompts(tiny("qwen2_5_vl"), [2])),
+        (tiny("gemma3"), prompts(tiny("gemma3"), [1])),  # sliding layers are not retained
+    ):
+        plain = vlmeff.wrap(model, None, kv="knorm", keep_ratio=1.0)
+        window = {"window": 8} if name in ("snapkv", "pyramidkv") else {}  # shorter than the prompts
+        forecast, report = retained(model, inputs, name, keep_ratio=0.6, **window)
+        assert forecast.kv_bytes_after == report.kv_bytes < forecast.kv_bytes_unretained
+        assert forecast.kv_bytes_unretained == forecast.kv_bytes_before == report.kv_bytes_full
+        assert plain is model
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("length", [5, 129, 300, 600])
+def test_few_bits_are_planned_with_their_scales(storage, length):
+    """Of a policy whose budgets are alike in all layers, to the byte; and by hand."""
+    kv, inputs = vlmeff.StreamingLLM(keep_ratio=0.9), llama_inputs([length])
+    forecast, report = retained(tiny_llama(), inputs, kv, kv_storage=storage)
+    assert forecast.kv_bytes_after == report.kv_bytes
+    # 4 layers of 2 heads of 16 channels, float32; a slot number of 4 bytes for each column.
+    columns = int(0.9 * length + 0.5)
+    keys, values = columns // 128 * 128, max(columns - 128, 0)
+    bits = {None: 32, "int8": 8, "int4": 4, "int2": 2}[storage]
+    if storage is None:
+        keys = values = 0
+    packed = keys * (bits + 32 / 32) / 8 + values * (bits + 32 / 16) / 8
+    entries = 16 * (packed + 4 * (2 * columns - keys - values))
+    assert forecast.kv_bytes_after == 4 * (2 * entries + 4 * columns)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kv", [PREFIXKV, vlmeff.VLCache(keep_ratio=0.6)], ids=["prefixkv", "vl_cache"])
+def test_budgets_that_follow_attention_are_planned_within_what_is_documented(kv, storage):
+    forecast, report = retained(tiny_llama(), llama_inputs([900]), kv, kv_storage=storage)
+    # 4 layers, 2 heads of 16 channels, float32, keys and values.
+    off = 0 if storage is None else 4 * 128 * 2 * 16 * 4 * 2
+    assert abs(forecast.kv_bytes_after - report.kv_bytes) <= off < forecast.kv_bytes_before / 4
+    sizes = {len(set(layer.kept)) for layer in report.retention.layers}
+    assert sizes == {1}
+    assert len({layer.columns for layer in report.retention.layers}) > 1  # the layers do differ
+    forecast, report = retained(tiny_llama(), llama_inputs([300] * 3), kv)
+    assert forecast.kv_bytes_after <= report.kv_bytes <= 1.2 * forecast.kv_bytes_after
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [vlmeff.KNorm(keep_ratio=0.7), vlmeff.SnapKV(keep_ratio=0.7, window=4), vlmeff.PrefixKV(keep_ratio=0.7)],
+    ids=["knorm", "snapkv", "prefixkv"],
+)
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_vl", "internvl"])
+def test_token_reduction_comes_first_in_the_plan_too(name, kv):
+    model = tiny(name)
+    forecast, report = retained(model, prompts(model, [1]), kv, tokens=vlmeff.Downsample(keep=0.5))
+    assert forecast.kv_bytes_after == report.kv_bytes
+    assert forecast.kv_bytes_after < forecast.kv_bytes_unretained < forecast.kv_bytes_before
+    assert "KV retention leaves" in forecast.why
+    assert "->" in str(forecast)
+
+
+def test_retention_alone_is_planned_from_sizes_and_without_weights():
+    model = tiny("llava")
+    sized = vlmeff.plan(model, (24, 24), None, kv=PREFIXKV, text_tokens=20)
+    assert (sized.visual_tokens_before, sized.visual_tokens_after, sized.prompt_tokens_after) == (36, 36, 56)
+    assert sized.pays_off
+    # round(0.6 * 3 layers * 56) columns of 2 heads of 8 channels, keys and values in float32, and a slot number.
+    assert sized.kv_bytes_after == round(0.6 * 3 * 56) * (2 * 2 * 8 * 4 + 4)
+    assert vlmeff.plan(model.to("meta"), (24, 24), None, kv=PREFIXKV, text_tokens=20) == sized
+    everything = vlmeff.plan(model, (24, 24), None, kv=vlmeff.PrefixKV(keep_ratio=1.0), text_tokens=20)
+    assert not everything.pays_off
+    with pytest.raises(ConfigError, match="takes no pictures"):
+        vlmeff.plan(tiny_llama(), (24, 24), None, kv=PREFIXKV)
+    with pytest.raises(ConfigError, match="int3"):
+        vlmeff.plan(model, (24, 24), None, kv=PREFIXKV, kv_storage="int3")
+
+
+def test_a_plan_runs_nothing_and_makes_no_cache(monkeypatch):
+    model, updates = tiny_llama(), []
+    monkeypatch.setattr(RetainedCache, "update", lambda *args, **kwargs: updates.append(args))
+    model.register_forward_pre_hook(lambda *args: updates.append(args))
+    forecast = vlmeff.plan(model, llama_inputs([40, 40]), None, kv=PREFIXKV, kv_storage="int4")
+    assert not updates
+    assert not vlmeff.is_wrapped(model)
+    assert forecast.kv_bytes_before == 2 * 40 * 4 * 2 * 2 * 16 * 4
+
+
+def test_tokens_dropped_between_layers_and_retention_are_planned_together():
+    tokens = vlmeff.AdaptInfer(schedule=vlmeff.Schedule(layers=(1,), ratios=(0.5,)))
+    model = tiny("llava")
+    inputs = prompts(model, [1])
+    forecast, report = retained(model, inputs, vlmeff.StreamingLLM(keep_ratio=0.7), tokens=tokens)
+    assert forecast.kv_bytes_after == pytest.approx(report.kv_bytes, rel=0.02)
+    assert forecast.kv_bytes_after < forecast.kv_bytes_unretained < forecast.kv_bytes_before

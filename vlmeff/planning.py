@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from kvcache import RetentionPolicy
+from kvcache.forecast import forecast_bytes
 from tokenpruning import InnerPruner, Layout, Resampler, Selector
 from vlmeff.config import Plan, TokensArgument, make_plan
 from vlmeff.errors import ConfigError, VlmeffError
-from vlmeff.reporting import format_bytes
+from vlmeff.reporting import format_bytes, visual_tokens
 from vlmeff.vlm.choose import budgets_of
 from vlmeff.vlm.cost import column_mean_flops, head_dim, kv_bytes, kv_heads, prefill_flops
-from vlmeff.vlm.families import Family
+from vlmeff.vlm.families import Family, family_of, is_vlm
 from vlmeff.vlm.families.base import Modality, present
 from vlmeff.vlm.reduce import rows_with_pictures
 
@@ -30,6 +32,12 @@ class Forecast:
     ``kv_bytes`` and ``prefill_gflops`` are of the prompt in the language model; ``scoring_gflops`` is what choosing
     tokens adds: attention of vision layers, comparison of all tokens, attention rows of the text between layers (a
     lower bound: pooling, sorting and a text source's CLIP are left out).
+
+    ``kv_bytes_unretained`` is behind the token step, ``kv_bytes_after`` behind KV retention too, in the storage asked
+    for, with its bookkeeping. Of one row it is what the report then measures behind the prompt, to the byte, but where
+    PrefixKV or VL-Cache divide a quantized budget unevenly: there, off by 128 tokens of each layer in full precision at
+    most. In a batch rows count as equally long, and a layer holds as many columns as the row that keeps most of it:
+    with those two policies, expect up to 20 % more.
     """
 
     method: str
@@ -40,6 +48,7 @@ class Forecast:
     prompt_tokens_before: int
     prompt_tokens_after: int
     kv_bytes_before: int
+    kv_bytes_unretained: int
     kv_bytes_after: int
     prefill_gflops_before: float
     prefill_gflops_after: float
@@ -72,32 +81,40 @@ def plan(
     preset: str | None = "fast",
     *,
     tokens: TokensArgument | None = None,
+    kv: RetentionPolicy | str | Literal[False] | None = None,
     text_tokens: int = 64,
     **overrides: Any,
 ) -> Forecast:
     """Say what a preset would do, without running the model.
 
     Args:
-        model: a transformers vision-language model, wrapped or not; its weights are not read, so one on the meta device
-            will do.
+        model: a transformers vision-language model, or for ``kv`` alone any language model, wrapped or not; its weights
+            are not read, so one on the meta device will do.
         inputs_or_size: the processor's outputs for a request; or the (height, width) in pixels of a picture, or of
             several, which are counted as the model's processor prepares them by default.
-        preset, tokens, **overrides: as for ``wrap``.
+        preset, tokens, kv, **overrides: as for ``wrap``.
         text_tokens: length of the text where only sizes are given.
     Raises:
-        ConfigError, UnsupportedModelError: as ``wrap``; or the preset has no token step for this model.
+        ConfigError, UnsupportedModelError: as ``wrap``; or the preset has no step for this model.
     """
-    settings, family = make_plan(model, preset, tokens=tokens, unavailable={}, overrides=overrides)
-    if family is None:
-        raise ConfigError("plan: neither the preset nor tokens=... names a token step, so there is nothing to plan.")
+    settings, family = make_plan(model, preset, tokens=tokens, kv=kv, unavailable={}, overrides=overrides)
+    if family is None and settings.kv is None:
+        raise ConfigError(
+            "plan: the preset names no token step and no KV step, nor do tokens=... or kv=..., so there is nothing to "
+            "plan."
+        )
+    if family is None and is_vlm(model) and not isinstance(inputs_or_size, Mapping):
+        family = family_of(model)  # retention alone needs no family, but the size of a picture has to be told
     layouts, rows, pictured, prompt, pictures = _request(model, family, inputs_or_size, text_tokens)
     everything = [layout for group in layouts.values() for layout in group]
     before = sum(layout.n_slots for layout in everything)
+    if family is None:
+        before = visual_tokens(model, pictures["input_ids"])
     config = model.config.get_text_config()
     width = next(iter(model.parameters())).element_size()
     threshold = settings.reduction.min_visual_tokens
     skipped = before < threshold * pictured
-    after = before if skipped else _kept(model, family, settings, layouts, pictures)
+    after = before if skipped or family is None else _kept(model, family, settings, layouts, pictures)
     text = prompt - before
 
     # As the report counts: rows taken as equally long (between layers they must have equally many visual tokens).
@@ -108,11 +125,14 @@ def plan(
     gflops_before = rows * prefill_flops(config, full) / 1e9
     gflops_after = rows * prefill_flops(config, short) / 1e9
     scoring = 0.0
-    if not skipped:
+    if not skipped and family is not None:
         scoring = _scoring_gflops(model, family, settings, everything)
         scoring += rows * _inner_scoring_gflops(config, settings.inner, round(after / rows), round(text / rows))
     saved = gflops_before - gflops_after
-    if before == 0:
+    unretained, kept = (rows * n for n in _kv_bytes(settings, model.config, short, width))
+    if not settings.methods:
+        pays_off, why = kept < unretained, "the cache gets smaller, prefill no cheaper"
+    elif before == 0:
         pays_off, why = False, "there are no visual tokens"
     elif skipped:
         pays_off, why = False, f"fewer than {threshold} visual tokens per row: the token step is skipped"
@@ -122,6 +142,8 @@ def plan(
         pays_off = saved > scoring
         relation = "more" if pays_off else "less"
         why = f"prefill saves {saved:.3g} GFLOP, {relation} than the {scoring:.3g} that scoring costs"
+    if settings.kv is not None:
+        why += f"; KV retention leaves {format_bytes(kept)} of {format_bytes(unretained)}"
     return Forecast(
         method=settings.method_name,
         preset=settings.preset,
@@ -131,7 +153,8 @@ def plan(
         prompt_tokens_before=prompt,
         prompt_tokens_after=text + after,
         kv_bytes_before=rows * kv_bytes(config, full, width),
-        kv_bytes_after=rows * kv_bytes(config, short, width),
+        kv_bytes_unretained=unretained,
+        kv_bytes_after=kept,
         prefill_gflops_before=gflops_before,
         prefill_gflops_after=gflops_after,
         scoring_gflops=scoring,
@@ -140,8 +163,18 @@ def plan(
     )
 
 
+def _kv_bytes(settings: Plan, config: Any, tokens: list[int], width: int) -> tuple[int, int]:
+    """Bytes of one row's cache without and with retention; ``tokens`` per layer."""
+    text = config.get_text_config()
+    unretained = kv_bytes(text, tokens, width)
+    if settings.kv is None:
+        return unretained, unretained
+    sizes = {"kv_heads": kv_heads(text), "head_dim": head_dim(text), "bytes_per_value": width}
+    return unretained, forecast_bytes(config, settings.kv, tokens, rows=1, storage=settings.kv_storage, **sizes)
+
+
 def _request(
-    model: Any, family: Family, what: Any, text_tokens: int
+    model: Any, family: Family | None, what: Any, text_tokens: int
 ) -> tuple[dict[Modality, list[Layout]], int, int, int, Mapping[str, Any]]:
     """The layouts of the pictures, the number of rows, of those with pictures, the tokens of all prompts, and what
     describes the pictures."""
@@ -149,11 +182,15 @@ def _request(
         ids = what.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ConfigError("plan: inputs have no input_ids; pass all of the processor's outputs.")
+        mask = what.get("attention_mask")
+        prompt = ids.numel() if mask is None else int(mask.sum())
+        if family is None:
+            return {}, len(ids), 0, prompt, what
         family.refuse_unsupported(model, what)
         layouts = {modality: family.layouts(model, what, modality) for modality in present(what)}
-        mask = what.get("attention_mask")
-        pictured = rows_with_pictures(model, family, ids, list(layouts))
-        return layouts, len(ids), pictured, ids.numel() if mask is None else int(mask.sum()), what
+        return layouts, len(ids), rows_with_pictures(model, family, ids, list(layouts)), prompt, what
+    if family is None:
+        raise ConfigError(f"plan: {type(model).__name__} takes no pictures; pass inputs with input_ids, not {what!r}.")
     if not isinstance(what, Sequence) or not what:
         raise ConfigError(
             f"plan: {what!r} is neither the processor's inputs nor a picture's (height, width) in pixels."

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from kvcache import policies
 from kvcache.request import DYNAMIC
@@ -29,7 +30,6 @@ from vlmeff.errors import (
     UnsupportedModelError,
 )
 from vlmeff.reporting import Report, measure, placeholders, report
-from vlmeff.vlm.record import attach_record, record_of
 from vlmeff.vlm.settings import generation_setting
 from vlmeff.vlm.wrapped import STATE
 from vlmeff.wrapping import is_wrapped
@@ -90,7 +90,8 @@ def ask_many(
 ) -> ManyAnswers:
     """Answer several questions about one picture greedily; the picture is encoded and prefilled once.
 
-    Without KV retention the answers are those of asking each question alone. A query-agnostic policy (streaming_llm,
+    Without KV retention the answers are those of asking each question alone; so they are with a preset, whose retention
+    is left out where it looks at the question. A query-agnostic policy (streaming_llm,
     knorm, random) chooses among the tokens up to the picture's end, and the questions count as what follows the prompt
     (kept, unless the policy's decode rule says otherwise); asking alone it chooses among the question's tokens too.
     The processor, on the host, still prepares every prompt.
@@ -144,12 +145,13 @@ def generate_shared(
     options = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
     prefix = {name: x[:, :end] if name in ("input_ids", *TOKENWISE) else x for name, x in first.items()}
     prefix["attention_mask"] = torch.ones_like(prefix["input_ids"])
+    if is_wrapped(model) and _is_query_aware(model.__dict__[STATE].plan):
+        prefix["past_key_values"] = DynamicCache(config=model.config)  # a preset's retention is left out
     # One token is chosen and thrown away: the cache that comes back holds the prefix alone.
     out, filled = _measured(
         model, prefix, prefix["input_ids"], max_new_tokens=1, return_dict_in_generate=True, **options
     )
     cache = out.past_key_values
-    _count_dropped_end(cache, end)
     answers, reports = [], []
     for request in requests:
         ids = request["input_ids"]
@@ -201,8 +203,13 @@ def _check_shareable(model: Any) -> None:
         _check_plan(model.__dict__[STATE].plan)
 
 
+def _is_query_aware(plan: Plan) -> bool:
+    return plan.kv is not None and plan.kv.query_aware
+
+
 def _check_plan(plan: Plan) -> None:
-    if plan.kv is not None and plan.kv.query_aware:
+    if _is_query_aware(plan) and not plan.kv_optional:
+        assert plan.kv is not None
         blind = [name for name in policies.names() if policies.get(name).query_aware is False]
         raise IncompatibleError(
             f"ask_many: kv={policies.name_of(plan.kv)!r} keeps what the question looks at, so its cache cannot serve "
@@ -235,17 +242,15 @@ def _check_request(request: Mapping[str, Any]) -> None:
 def _shared_length(model: Any, requests: Sequence[Mapping[str, Any]]) -> int:
     """Tokens of the prompts that are shared, after checking that they are the same in all.
 
-    They end with the last picture, or one token behind it (Qwen-VL's end of the picture) where survivors keep their
-    positions on a grid: going on counts from the largest of them, whose token may have been dropped. Not the longest
-    prefix in common: what a policy keeps would then depend on how the questions begin.
+    They end with the last picture. Not the longest prefix in common: what a policy keeps would then depend on how the
+    questions begin.
     """
-    behind = 1 if _keeps_grid_positions(model) else 0
     ends = []
     for request in requests:
         visual = placeholders(model, request["input_ids"])[0].nonzero()
         if not len(visual):
             raise UnsupportedInputError("ask_many: a prompt has no picture; pass prompts with the picture's tokens.")
-        ends.append(int(visual[-1]) + 1 + behind)
+        ends.append(int(visual[-1]) + 1)
     first, end = requests[0], ends[0]
     same = len(set(ends)) == 1 and all(
         torch.equal(request["input_ids"][:, :end], first["input_ids"][:, :end]) for request in requests
@@ -262,26 +267,6 @@ def _shared_length(model: Any, requests: Sequence[Mapping[str, Any]]) -> int:
             if not _equal(request[name], first.get(name)):
                 raise IncompatibleError(f"ask_many: {name} differs between the requests; all share one picture.")
     return end
-
-
-def _keeps_grid_positions(model: Any) -> bool:
-    """Whether survivors of a reduced picture keep their multi-dimensional positions."""
-    state = model.__dict__.get(STATE)
-    reduces = state is not None and state.family is not None and state.plan.reduction.method is not None
-    return reduces and state.family.positions == "keep"
-
-
-def _count_dropped_end(cache: Any, end: int) -> None:
-    """Let what follows be numbered behind the whole prefix of ``end`` tokens, where survivors keep their numbers.
-
-    The record counts on from its last token, a text token in an ordinary prompt; here it is the last survivor. Columns
-    that the cache holds are not numbered again, so the last of them can stand for the end.
-    """
-    record = record_of(cache)
-    if record is not None and record.numbered and record.positions is not None:
-        positions = record.positions.clone()
-        positions[:, -1] = end - 1
-        attach_record(cache, replace(record, positions=positions))
 
 
 def _equal(a: Any, b: Any) -> bool:

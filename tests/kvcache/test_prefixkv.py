@@ -64,14 +64,14 @@ def test_the_defaults_and_what_they_need():
     assert (policy.needs.kind, policy.scope, policy.selection, policy.query_aware) == ("full", "model", "shared", True)
     assert (policy.evict_distance, policy.on_small_budget) == (0, "clamp")
     spec = PrefixKV(metric="window", window=7).needs
-    assert (spec.kind, spec.window) == ("window", 7)
+    assert (spec.kind, spec.window, spec.sums) == ("window", 7, True)
 
 
 def test_the_window_metric_sums_the_attention_rows():
     probs = torch.rand(4, 3, 20, generator=torch.Generator().manual_seed(0))
-    stats = LayerStats(layer=0, layers=1, n=20, kv_heads=2, probs=probs)
-    policy = PrefixKV(metric="window", window=3, sink=1, recent=1)
     received = [sum(probs[h, w, j].item() / 4 for h in range(4) for w in range(3)) for j in range(20)]
+    stats = LayerStats(layer=0, layers=1, n=20, kv_heads=2, scores=torch.tensor(received))
+    policy = PrefixKV(metric="window", window=3, sink=1, recent=1)
     assert policy.select(stats, 8).tolist() == official_slots(received, 8, 1, 1)
     assert policy.budgets([stats]) == [10]
 

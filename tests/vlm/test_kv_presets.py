@@ -44,7 +44,7 @@ def test_a_preset_is_its_two_steps_together(preset, ratio):
     assert abs(kept - max(ratio * total, floors)) <= 2
     keep = zoo.resolve(model, preset).steps[0].keep
     named = vlmeff.wrap(
-        tiny("llava"), None, tokens=vlmeff.HiPrune(keep=keep, alpha=0.1), kv=vlmeff.PrefixKV(keep_ratio=ratio)
+        tiny("llava"), None, tokens=vlmeff.HiPrune(keep=keep, alpha=0.1), kv=vlmeff.PrefixKV(keep_ratio=ratio, metric="mean")
     )
     assert same(out, generated(named, inputs))
 

@@ -23,6 +23,8 @@ class PromptRecord:
     ``positions`` [B, S] of the short prompt where the model's own numbering would be another, None elsewhere;
     ``numbered``: whether ``generate`` has to be told them too (it counts past padding by itself). They count from 0;
     ``first_position`` is where the model's forward begins. Positions of several dimensions have ``rope_deltas``.
+    ``last`` [B, 1]: the position of the last token of the caller's prompt, which what follows counts on from; None:
+    that of ``positions``. The token itself may have been dropped.
     """
 
     prompt_ids: Tensor
@@ -32,6 +34,7 @@ class PromptRecord:
     positions: Tensor | None = None
     numbered: bool = False
     first_position: int = 0
+    last: Tensor | None = None
 
     def repeated(self, cache: Any) -> PromptRecord:
         """For a cache with several rows for each row of the prompt (returned sequences, beams)."""
@@ -41,14 +44,16 @@ class PromptRecord:
             return self
         ids, short, mask, deltas = self.prompt_ids, self.short_ids, self.short_mask, self.rope_deltas
         ids, short, mask = (x.repeat_interleave(n, 0) for x in (ids, short, mask))
-        deltas, positions = (None if x is None else x.repeat_interleave(n, 0) for x in (deltas, self.positions))
-        return PromptRecord(ids, short, mask, deltas, positions, self.numbered, self.first_position)
+        given = (deltas, self.positions, self.last)
+        deltas, positions, last = (None if x is None else x.repeat_interleave(n, 0) for x in given)
+        return PromptRecord(ids, short, mask, deltas, positions, self.numbered, self.first_position, last)
 
 
 @dataclass(eq=False)
 class ShortRequest:
     """``kwargs`` call the original method; ``keep`` [B, L] is the mask over the caller's prompt (None when continuing
-    a shortened cache); ``dropped`` columns lost."""
+    a shortened cache); ``dropped`` columns lost. ``jump`` [1 or 4, B]: what ``generate`` has to add to the positions of
+    new tokens, which it counts on from the last survivor; None: nothing."""
 
     kwargs: dict[str, Any]
     prompt_ids: Tensor
@@ -58,6 +63,7 @@ class ShortRequest:
     tokens_after: int
     plan: PrunePlan | None = None
     keep: Tensor | None = None
+    jump: Tensor | None = None
 
 
 def attach_record(cache: Any, record: PromptRecord) -> None:
@@ -122,14 +128,15 @@ def continue_shortened(model: Any, record: PromptRecord, kwargs: dict[str, Any],
     elif mask is not None and mask.shape[1] != int(kwargs["past_key_values"].get_seq_length()) + input_ids.shape[1]:
         # A hand-written loop grows the mask of the whole prompt; the cache holds the short one.
         short["attention_mask"] = torch.cat([short_mask, mask[:, length:].to(short_mask)], 1)
-    positions = record.positions
+    positions, last = record.positions, record.last
     if positions is not None and kwargs.get("position_ids") is None and (record.numbered or not generating):
         # Left alone, the model would count the columns of the short prompt, as when the cache was filled it did not.
         whole = short.get("attention_mask")
         total = ids.shape[1] if generating else int(kwargs["past_key_values"].get_seq_length()) + input_ids.shape[1]
         behind = short_mask.new_ones(rows, total - positions.shape[1])
         behind = behind if whole is None else whole[:, positions.shape[1] :].to(behind)
-        positions = torch.cat([positions, positions[:, -1:] + behind.cumsum(1)], 1)
+        last = positions[:, -1:] if last is None else last
+        positions, last = torch.cat([positions, last + behind.cumsum(1)], 1), None
         short["position_ids"] = positions if generating else positions[:, -input_ids.shape[1] :] + record.first_position
     if record.rope_deltas is not None:
         if kwargs.get("position_ids") is None:
@@ -141,7 +148,14 @@ def continue_shortened(model: Any, record: PromptRecord, kwargs: dict[str, Any],
         kwargs=short,
         prompt_ids=input_ids,
         record=(
-            replace(record, prompt_ids=input_ids, short_ids=ids, short_mask=short_mask, positions=positions)
+            replace(
+                record,
+                prompt_ids=input_ids,
+                short_ids=ids,
+                short_mask=short_mask,
+                positions=positions,
+                last=last,
+            )
             if generating
             else record
         ),

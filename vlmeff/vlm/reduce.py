@@ -217,6 +217,8 @@ def _shorten(
 
     rope_deltas: Tensor | None = None
     numbers: Tensor | None = None
+    last: Tensor | None = None
+    jump: Tensor | None = None
     resampled = {modality: part.new_layouts for modality, part in reduced.items() if part.new_layouts is not None}
     given = kwargs.get("position_ids")
     if family.positions == "repack":
@@ -234,6 +236,8 @@ def _shorten(
                 )
             full = contiguous_positions(valid.long()) if given is None else given.expand(len(input_ids), -1)
             numbers = shortening.apply(full, FILL["position_ids"])
+            last = _at_end(full[None], valid)
+            jump = _jump(last, numbers[..., -1])
             short["attention_mask"] = short_mask  # without it a jump would be taken for two packed sequences
         elif shortening.padded:
             numbers = contiguous_positions(short_mask)
@@ -249,27 +253,56 @@ def _shorten(
                 )
             of_new_grids = {**kwargs, **short, **family.regrid(model, kwargs, resampled), "attention_mask": short_mask}
             position_ids = _multi_positions(model, family, of_new_grids)
+            highest = position_ids[1:].amax((0, 2))
         else:
             full = _multi_positions(model, family, {**kwargs, "attention_mask": mask})
             position_ids = shortening.apply(full, FILL["position_ids"])
+            highest = full[1:].masked_fill(~valid, 0).amax((0, 2))  # of the tokens that are dropped too
+            jump = _jump(_at_end(full, valid), position_ids[..., -1])
         # The text row must count without gaps, or transformers takes the gaps for borders of packed sequences.
         position_ids[0] = contiguous_positions(short_mask)
         short["position_ids"] = position_ids
-        rope_deltas = position_ids[1:].amax((0, 2))[:, None] + 1 - short_mask.sum(1, keepdim=True)
+        rope_deltas = highest[:, None] + 1 - short_mask.sum(1, keepdim=True)
         model.base_model.rope_deltas = rope_deltas
     plans: list[ItemPlan] = [plan for part in reduced.values() for plan in part.plans]
     return ShortRequest(
         kwargs=short,
         prompt_ids=input_ids,
         record=PromptRecord(
-            input_ids, short["input_ids"], short_mask, rope_deltas, numbers, positions == "keep", family.first_position
+            input_ids,
+            short["input_ids"],
+            short_mask,
+            rope_deltas,
+            numbers,
+            numbered=positions == "keep",
+            first_position=family.first_position,
+            last=None if last is None else last[0][:, None],
         ),
         dropped=input_ids.shape[1] - shortening.width,
         tokens_before=int(valid.sum()),
         tokens_after=int(short_mask.sum()),
         plan=PrunePlan(plans),
         keep=keep,
+        jump=jump,
     )
+
+
+def _at_end(positions: Tensor, valid: Tensor) -> Tensor:
+    """[D, B] position of the last token of each row that is no padding; positions [D, B, L]."""
+    place = torch.arange(valid.shape[1], device=valid.device)
+    column = (place * valid).amax(1)
+    return positions.gather(2, column[None, :, None].expand(len(positions), -1, -1))[..., 0]
+
+
+def _jump(last: Tensor, survivor: Tensor) -> Tensor | None:
+    """[D, B] from the last survivor's position to that of the prompt's last token; None when they are the same.
+
+    The text row of [4, B] counts columns, so nothing is added to it: packed sequences are told by its gaps.
+    """
+    jump = last - survivor.to(last.device)
+    if len(jump) == 4:
+        jump[0] = 0
+    return jump if bool(jump.any()) else None
 
 
 def _check_kept_positions(model: Any, kwargs: dict[str, Any], *, generating: bool) -> None:

@@ -19,12 +19,13 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from kvcache.cache import RetainedCache
 from vlmeff.config import Plan
-from vlmeff.errors import UnsupportedInputError
+from vlmeff.errors import UnsupportedCacheError, UnsupportedInputError
 from vlmeff.reporting import Meter, Report, columns, text_flops, visual_tokens
 from vlmeff.vlm.families import Family
 from vlmeff.vlm.families.base import present
 from vlmeff.vlm.inner import INNER_RECORD
 from vlmeff.vlm.inside import Inside, inside_call, kept_columns
+from vlmeff.vlm.padding import move_padding, moved_forward, remember
 from vlmeff.vlm.record import RECORD, ShortRequest, attach_record
 from vlmeff.vlm.reduce import Untouched, shorten_request
 from vlmeff.vlm.restoring import (
@@ -36,6 +37,8 @@ from vlmeff.vlm.restoring import (
 )
 
 STATE = "_vlmeff"
+# Entry points of transformers' continuous batching, which keeps a paged cache of its own.
+CONTINUOUS = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching")
 
 
 @dataclass(eq=False)
@@ -59,10 +62,29 @@ class State:
 
 @dataclass(eq=False)
 class _Call:
-    """The ``generate`` call that runs in this thread: its forward passes are measured and not shortened again."""
+    """The ``generate`` call that runs in this thread: its forward passes are measured and not shortened again.
+
+    ``jump``: see ``ShortRequest``; added to the positions behind the first ``width`` columns.
+    """
 
     state: State
     meter: Meter
+    width: int = 0
+    jump: Tensor | None = None
+
+    def numbered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of one forward pass with the positions of new tokens counted on from the caller's prompt.
+
+        ``generate`` gives them counted on from the last token that it knows.
+        """
+        positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        if self.jump is None or positions is None:
+            return kwargs
+        past = 0 if cache is None else cache.get_seq_length()
+        new = past + torch.arange(positions.shape[-1], device=positions.device) >= self.width
+        jump = self.jump.to(positions).repeat_interleave(positions.shape[-2] // self.jump.shape[1], 1)[..., None]
+        jump = jump[0] if positions.ndim == 2 else jump[-len(positions) :]
+        return {**kwargs, "position_ids": positions + jump * new}
 
 
 _running: ContextVar[_Call | None] = ContextVar("vlmeff_running", default=None)
@@ -123,7 +145,23 @@ def _wrapped_class(original: Any) -> Any:
     }
     if hasattr(original, "generate"):
         members["generate"] = functools.wraps(original.generate)(generate)
+    for name in CONTINUOUS:
+        if hasattr(original, name):
+            members[name] = _unless_retained(name, original)
     return type(original.__name__, (original,), members)
+
+
+def _unless_retained(name: str, original: Any) -> Any:
+    def refuse_retention(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: State | None = self.__dict__.get(STATE)
+        if state is not None and state.plan.kv is not None:
+            raise UnsupportedCacheError(
+                f"{name}: continuous batching has a paged cache of its own, which KV retention cannot work in. Use "
+                "model.generate with a padded batch, or wrap with kv=None, or vlmeff.unwrap(model) first."
+            )
+        return getattr(original, name)(self, *args, **kwargs)
+
+    return functools.wraps(getattr(original, name))(refuse_retention)
 
 
 def _original(model: Any, name: str) -> Any:
@@ -152,13 +190,14 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     original = _original(model, "forward")
     call = _running.get()
     if call is not None and call.state is state:
-        output = original(*args, **kwargs)
+        output = original(*args, **call.numbered(kwargs))
         if not torch.compiler.is_compiling():
             call.meter.after_forward(columns(args, kwargs), output)
         return output
     named = _bind("forward", original, args, kwargs)
     if not _concerns(named, state.plan):
         return original(*args, **kwargs)
+    named = moved_forward(named)
     meter = Meter(_device(model, named))
     request = shorten_request(
         model, state.family, state.plan.reduction, named, generating=False, lock=state.lock, clock=meter.clock
@@ -200,6 +239,8 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if inputs is not None:
             named["input_ids"] = inputs
     meter = Meter(_device(model, named))
+    callers_ids = named.get("input_ids")
+    named, moved = move_padding(model, named, retains=_retains(named, state.plan))
     request: ShortRequest | Untouched = Untouched()
     if _concerns(named, state.plan):
         request = shorten_request(
@@ -211,23 +252,16 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     prompt: CallersPrompt | None = None
     if isinstance(request, ShortRequest):
         reduce_total_lengths(model, short, request.dropped)
-        prompt = CallersPrompt(request.prompt_ids, short["input_ids"].shape[1])
-        if short.get("stopping_criteria"):
-            given = short["stopping_criteria"]
-            given = given if isinstance(given, list) else [given]
-            short["stopping_criteria"] = StoppingCriteriaList(RestoringCriterion(c, prompt) for c in given)
-        if short.get("logits_processor"):
-            short["logits_processor"] = LogitsProcessorList(
-                RestoringProcessor(p, prompt) for p in short["logits_processor"]
-            )
-        if short.get("prefix_allowed_tokens_fn") is not None:
-            short["prefix_allowed_tokens_fn"] = prompt.restoring_prefix_fn(short["prefix_allowed_tokens_fn"])
-        if short.get("streamer") is not None:
-            short["streamer"] = PromptRestoringStreamer(short["streamer"], request.prompt_ids)
+    if callers_ids is not None and (isinstance(request, ShortRequest) or moved is not None):
+        prompt = CallersPrompt(callers_ids, short["input_ids"].shape[1])
+        _show_prompt(prompt, short)
     if input_ids is not None:
         cache = short.get("past_key_values")
         meter.expect(input_ids.shape[1] - (int(cache.get_seq_length()) if cache is not None else 0))
-    token = _running.set(_Call(state, meter))
+    call = _Call(state, meter)
+    if isinstance(request, ShortRequest) and request.jump is not None:
+        call.width, call.jump = short["input_ids"].shape[1], request.jump
+    token = _running.set(call)
     try:
         with inside:
             result = original(**short)
@@ -235,19 +269,43 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _running.reset(token)
     cache = meter.cache
     meter.finish()
+    if moved is not None:
+        remember(cache, moved)
     if input_ids is None:
         return result
     sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
     new_tokens = sequences.shape[1] - input_ids.shape[1]
-    if isinstance(request, ShortRequest) and prompt is not None:
-        sequences = prompt.restore(sequences)
+    if isinstance(request, ShortRequest):
         attach_record(cache, request.record.repeated(cache))
+    if prompt is not None:
+        sequences = prompt.restore(sequences)
         if isinstance(result, Tensor):
             result = sequences
         else:
             result.sequences = sequences
     state.report = _make_report(model, state, request, named, meter, new_tokens=new_tokens, inside=inside)
     return result
+
+
+def _show_prompt(prompt: CallersPrompt, kwargs: dict[str, Any]) -> None:
+    """Let what the caller hangs into ``generate`` see the prompt as the caller gave it."""
+    if kwargs.get("stopping_criteria"):
+        given = kwargs["stopping_criteria"]
+        given = given if isinstance(given, list) else [given]
+        kwargs["stopping_criteria"] = StoppingCriteriaList(RestoringCriterion(c, prompt) for c in given)
+    if kwargs.get("logits_processor"):
+        given = kwargs["logits_processor"]
+        kwargs["logits_processor"] = LogitsProcessorList(RestoringProcessor(p, prompt) for p in given)
+    if kwargs.get("prefix_allowed_tokens_fn") is not None:
+        kwargs["prefix_allowed_tokens_fn"] = prompt.restoring_prefix_fn(kwargs["prefix_allowed_tokens_fn"])
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = PromptRestoringStreamer(kwargs["streamer"], prompt.prompt_ids)
+
+
+def _retains(named: dict[str, Any], plan: Plan) -> bool:
+    """Whether a call of ``generate`` fills a cache that keeps a part of the prompt."""
+    cache = named.get("past_key_values")
+    return isinstance(cache, RetainedCache) or (cache is None and plan.kv is not None)
 
 
 def _concerns(named: dict[str, Any], plan: Plan) -> bool:
@@ -258,7 +316,9 @@ def _concerns(named: dict[str, Any], plan: Plan) -> bool:
     cache = named.get("past_key_values")
     if hasattr(cache, RECORD) or hasattr(cache, INNER_RECORD) or isinstance(cache, RetainedCache):
         return True
-    return plan.kv is not None or (bool(plan.methods) and bool(present(named)))
+    if plan.kv is not None and not (plan.kv_optional and torch.compiler.is_compiling()):
+        return True
+    return bool(plan.methods) and bool(present(named))
 
 
 def _inside(
