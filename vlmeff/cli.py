@@ -1,4 +1,4 @@
-"""The command line: ``vlmeff ask | presets | calibrate | zoo``."""
+"""The command line: ``vlmeff ask | presets | calibrate | eval | zoo``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from rich.table import Table
 
 from vlmeff import __version__
 from vlmeff.cli_calibrate import calibrate_app
+from vlmeff.cli_eval import eval_app
 from vlmeff.errors import ConfigError, VlmeffError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Vision-language models that cost less to run.")
 zoo_app = typer.Typer(no_args_is_help=True, help="The model zoo: verified models and presets.")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(calibrate_app, name="calibrate")
+app.add_typer(eval_app, name="eval")
 
 out = Console()
 err = Console(stderr=True)

@@ -30,6 +30,16 @@ class DataError(VlmeffError, ValueError):
     exit_code = 3
 
 
+class BadImageError(DataError):
+    """A picture of a data set cannot be decoded, or is too large (E-DATA-06)."""
+
+
+class RunError(VlmeffError, RuntimeError):
+    """An evaluation run cannot go on: another process writes it, rows are missing, too much failed (E-RUN-..)."""
+
+    exit_code = 4
+
+
 class UnsupportedModelError(VlmeffError, TypeError):
     """The model's class or geometry is not supported."""
 
@@ -54,7 +64,7 @@ class MissingExtraError(VlmeffError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, module: str, extra: str, purpose: str) -> None:
-        super().__init__(f'{purpose} need the package {module!r}: pip install "vlmeff[{extra}]"')
+        super().__init__(f'E-ENV-01: {purpose} need the package {module!r}: pip install "vlmeff[{extra}]"')
 
 
 class EnvironmentMismatchError(VlmeffError, ImportError):
@@ -62,13 +72,14 @@ class EnvironmentMismatchError(VlmeffError, ImportError):
 
 
 class UnknownNameError(VlmeffError, KeyError):
-    """A name (preset, model, method, ...) is not known; the message lists the nearest ones."""
+    """A name (preset, model, method, ...) is not known; the message lists the nearest ones, after ``code`` if given."""
 
-    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str], *, code: str = "") -> None:
         known = sorted(known)
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-        super().__init__(f"unknown {kind} {name!r}.{hint} Available: {', '.join(known) or 'none'}.")
+        code = f"{code}: " if code else ""
+        super().__init__(f"{code}unknown {kind} {name!r}.{hint} Available: {', '.join(known) or 'none'}.")
 
 
 class UnknownModelError(UnknownNameError):

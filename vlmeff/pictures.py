@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmeff.errors import DataError
 
 MAX_PIXELS = 50_000_000
+# What Pillow's readers raise on damaged files, besides errors of their own.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, NotImplementedError, struct.error)
 
 
 def open_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -21,23 +25,30 @@ def open_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not path.is_file():
         raise DataError(f"picture {str(path)!r} does not exist or is no file.")
+    return decode_picture(path, name=str(path), max_pixels=max_pixels)
+
+
+def decode_picture(source: Path | BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """``open_picture`` of an open file or bytes in memory; messages call it ``name``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(source) as picture:
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise DataError(
-                        f"picture {str(path)!r} has {width} x {height} pixels, more than {max_pixels}: make it smaller."
+                        f"picture {name!r} has {width} x {height} pixels, more than {max_pixels}: make it smaller."
                     )
                 picture.load()
                 upright = ImageOps.exif_transpose(picture)
     except DataError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"picture {str(path)!r} cannot be decoded ({error}); convert it to PNG or JPEG.") from error
+    except UnidentifiedImageError as error:  # whose own text names the whole path, or the address of a buffer
+        raise DataError(f"picture {name!r} cannot be decoded (no known format); convert it to PNG or JPEG.") from error
+    except (*_BROKEN, Image.DecompressionBombWarning) as error:
+        raise DataError(f"picture {name!r} cannot be decoded ({error}); convert it to PNG or JPEG.") from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"picture {str(path)!r} is too large to decode: {error}") from error
+        raise DataError(f"picture {name!r} is too large to decode: {error}") from error
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

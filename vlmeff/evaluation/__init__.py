@@ -1,1 +1,1 @@
-"""Pictures, questions and scores that show what a preset costs."""
+"""Proof: benchmarks, metrics, the runner, statistics and reports behind ``vlmeff eval``."""

@@ -1,0 +1,293 @@
+"""``vlmeff eval``: what a preset costs in accuracy and what it saves, with statistics."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlmeff.errors import ConfigError
+
+eval_app = typer.Typer(
+    invoke_without_command=True, help="Prove on VQA benchmarks what a preset costs in accuracy and what it saves."
+)
+out = Console()
+err = Console(stderr=True)
+
+REGRESSION = 5  # exit code
+QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
+
+
+@eval_app.callback()
+def evaluate_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "tiny-llava",
+    revision: Annotated[str | None, typer.Option(help="Commit or tag on the hub.")] = None,
+    presets: Annotated[str, typer.Option(help="Presets, separated by commas; none for the baseline alone.")] = "fast",
+    baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Run the unwrapped model too.")] = True,
+    benchmarks: Annotated[str, typer.Option(help="Benchmarks, separated by commas (--list).")] = "easy_vqa",
+    data_root: Annotated[Path | None, typer.Option(help="Folder with a folder for each benchmark.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Take the data from here alone: folder, package, generated, hf-disk, hf.")
+    ] = None,
+    limit: Annotated[str | None, typer.Option(help="So many groups of each benchmark, or a share such as 0.1.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random control and of every interval.")] = 0,
+    controls: Annotated[
+        str, typer.Option(help="Controls at the preset's budget: random, downsample, blank; or none.")
+    ] = "random,downsample,blank",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of every answer; the benchmark's own.")] = None,
+    perf: Annotated[str, typer.Option(help="accuracy (no times), latency (32 documents) or both.")] = "both",
+    warmup: Annotated[int, typer.Option(min=0, help="Unmeasured answers before the first document.")] = 1,
+    output: Annotated[Path, typer.Option(help="Where runs and reports are written.")] = Path("vlmeff-eval"),
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with what is there.")] = True,
+    margin: Annotated[float, typer.Option(help="Loss in points that is accepted as none.")] = 1.0,
+    fail_on_regression: Annotated[bool, typer.Option(help="Exit with 5 when a preset is inferior.")] = False,
+    engine: Annotated[str, typer.Option(help="local (also under torchrun) or ray.")] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Of --engine ray; one per GPU, else one.")] = None,
+    offline: Annotated[bool, typer.Option(help="Use no network, only what is there.")] = False,
+    skip_bad_images: Annotated[bool, typer.Option(help="Count broken pictures as failures and go on.")] = False,
+    max_error_rate: Annotated[float, typer.Option(help="Share of documents that may fail.")] = 0.01,
+    rank_timeout: Annotated[float, typer.Option(help="Seconds that rank 0 waits for the others.")] = 86_400.0,
+    show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Compare presets with the unwrapped model and with controls at the same number of tokens."""
+    if context.invoked_subcommand is not None:
+        return
+    if show_list:
+        _list(data_root)
+        return
+    if perf not in ("accuracy", "latency", "both"):
+        raise ConfigError(f"--perf {perf!r} must be accuracy, latency or both.")
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine {engine!r} must be local or ray.")
+    if margin < 0:
+        raise ConfigError(f"E-USE-02: --margin {margin:g} must be 0 or more points.")
+    from vlmeff.evaluation.benchmarks import parse_limit
+    from vlmeff.evaluation.runner import Progress, Settings, Shard, evaluate
+
+    settings = Settings(
+        model=model,
+        revision=revision,
+        output=output,
+        presets=_names(presets),
+        benchmarks=_names(benchmarks),
+        controls=_names(controls),
+        baseline=baseline,
+        data_root=data_root,
+        source=source,
+        limit=None if limit is None else parse_limit(limit),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        max_new_tokens=max_new_tokens,
+        perf=perf,  # type: ignore[arg-type]
+        warmup=warmup,
+        resume=resume,
+        offline=offline,
+        skip_bad_images=skip_bad_images,
+        max_error_rate=max_error_rate,
+        rank_timeout=rank_timeout,
+    )
+    shard = Shard.of_environment()
+    shown = _Shown(quiet=shard.rank > 0)
+    progress = Progress(begin=shown.begin, step=shown.step, say=shown.say)
+    with shown:
+        if engine == "ray":
+            from vlmeff.evaluation.ray_engine import evaluate_on_ray
+
+            evaluate_on_ray(settings, workers=workers, progress=progress)
+        else:
+            evaluate(settings, shard=shard, progress=progress)
+    if shard.rank > 0:
+        return
+    pictures = _Pictures(settings)
+    results, where = _report(output, model, margin=margin, seed=seed, pictures=pictures)
+    _show(results, where, as_json=as_json)
+    if fail_on_regression and results.regressions:
+        err.print(f"inferior to the baseline: {', '.join(c.label for c in results.regressions)} (--fail-on-regression)")
+        raise typer.Exit(REGRESSION)
+
+
+@eval_app.command("report")
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(help="Output folders of vlmeff eval.")],
+    margin: Annotated[float, typer.Option(help="Loss in points that is accepted as none.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of every interval.")] = 0,
+    allow_partial_join: Annotated[bool, typer.Option(help="Compare runs on the documents that they share.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Write the tables, plots and statistics again from the rows alone; no model and no torch is needed."""
+    for folder in folders:
+        results, where = _report(folder, None, margin=margin, seed=seed, allow_partial_join=allow_partial_join)
+        _show(results, where, as_json=as_json)
+
+
+@eval_app.command("import-tsv")
+def import_tsv_command(
+    file: Annotated[Path, typer.Argument(help="A TSV of VLMEvalKit, with pictures in base64.")],
+    benchmark: Annotated[str, typer.Option(help="The benchmark that it holds.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="The data root to put its folder into.")],
+) -> None:
+    """Turn a TSV of VLMEvalKit into the folder that --data-root takes."""
+    from vlmeff.evaluation.import_tsv import import_tsv
+
+    made = import_tsv(file, benchmark, out_folder)
+    out.print(f"{made}", highlight=False, soft_wrap=True)
+
+
+@eval_app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of results.json."""
+    from vlmeff.evaluation.results_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return () if names == ("none",) else names
+
+
+def _list(data_root: Path | None) -> None:
+    from vlmeff.evaluation import benchmarks
+
+    table = Table(show_edge=False)
+    for column in ("benchmark", "documents", "metric", "data"):
+        table.add_column(column)
+    for name in benchmarks.names(data_root):
+        benchmark = benchmarks.get(name, data_root)
+        count = "" if benchmark.expected_count is None else str(benchmark.expected_count)
+        kinds = ", ".join(type(source).__name__.lower() for source in benchmark.sources) or "folder"
+        table.add_row(name, count, benchmark.metric_name, kinds)
+    out.print(table)
+
+
+def _report(folder: Path, model: str | None, **options: Any) -> tuple[Any, Path]:
+    """The results and their folder: ``folder`` itself while it holds one model, else that of the model in it."""
+    from vlmeff.evaluation.results import build_report
+    from vlmeff.evaluation.storage import slug
+
+    if model is not None and len({path.parents[2] for path in folder.glob("*/*/*/run.json")}) > 1:
+        folder = folder / slug(Path(model).name if Path(model).is_dir() else model)
+    return build_report(folder, **options), folder
+
+
+def _show(results: Any, folder: Path, *, as_json: bool) -> None:
+    if as_json:
+        headline = [_headline(run, results.comparison_of(run)) for run in results.runs]
+        print(json.dumps({"results": (folder / "results.json").as_posix(), "headline": headline}))
+        return
+    from vlmeff.evaluation.tables import number, signed
+
+    for benchmark in results.benchmarks:
+        runs = results.runs_of(benchmark)
+        title = f"{benchmark}: {runs[0].metric}, {runs[0].metrics[runs[0].metric].n} documents"
+        table = Table(title=title, title_justify="left", show_edge=False)
+        for column in ("run", "visual tokens", "score", "difference (95 %)", "verdict", "TTFT ms", "KV KiB"):
+            table.add_column(column)
+        for run in runs:
+            compared, cost = results.comparison_of(run), run.cost
+            ttft = run.latency.ttft_ms.p50 if run.latency and run.latency.ttft_ms else None
+            cells = ["", ""]
+            if compared is not None:
+                low_high = compared.ci95 and " to ".join(signed(x, run.scale) for x in compared.ci95)
+                delta = signed(compared.delta, run.scale) + (f" ({low_high})" if low_high else "")
+                cells = [delta, compared.verdict]
+            table.add_row(
+                run.label,
+                f"{cost.visual_tokens_in:.4g} -> {cost.visual_tokens_kept:.4g}",
+                number(run.metrics[run.metric].value, run.scale),
+                *cells,
+                number(ttft),
+                number(cost.kv_bytes_prefill, 1 / 1024),
+            )
+        out.print(table)
+    where = folder.as_posix()
+    err.print(f"[dim]{where}: results.md, results.json, frontier.png, regressions.html[/]", highlight=False)
+
+
+def _headline(run: Any, compared: Any) -> dict[str, Any]:
+    return {
+        "benchmark": run.benchmark,
+        "run": run.label,
+        "metric": run.metric,
+        "value": run.metrics[run.metric].value,
+        "delta": None if compared is None else compared.delta,
+        "ci95": None if compared is None else compared.ci95,
+        "verdict": None if compared is None else compared.verdict,
+    }
+
+
+class _Pictures:
+    """The picture of a document, for the page of regressions; the data are opened once more when first asked."""
+
+    def __init__(self, settings: Any) -> None:
+        self._settings = settings
+        self._samples: dict[str, Any] | None = None
+
+    def __call__(self, doc_id: str) -> Any:
+        if self._samples is None:
+            from vlmeff.evaluation.runner import load_benchmark
+
+            loaded = [load_benchmark(self._settings, name) for name in self._settings.benchmarks]
+            self._samples = {doc: (data, i) for data in loaded for i, doc in enumerate(data.doc_ids)}
+        data, index = self._samples[doc_id]
+        images = data[index].images
+        return images[0]() if images else None
+
+
+class _Shown:
+    """Progress on stderr: a bar on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._total = self._done = self._right = self._scored = 0
+        self._last = 0.0
+
+    def __enter__(self) -> _Shown:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=err)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            err.print(f"[dim]{text}[/]", highlight=False)
+
+    def begin(self, benchmark: str, done: int, total: int) -> None:
+        self._done, self._total, self._right, self._scored = done, total, 0, 0
+        self._last = time.monotonic()
+        if done:
+            self.say(f"{benchmark}: {done} of {total} documents are there already")
+        if self._bar is not None:
+            self._task = self._bar.add_task(benchmark, total=total, completed=done)
+
+    def step(self, benchmark: str, rows: list[Any]) -> None:
+        self._done += 1
+        kept = [row.visual_tokens_kept / row.visual_tokens_in for row in rows if row.visual_tokens_in]
+        label = f"{benchmark}, tokens kept {min(kept):.0%}" if kept else benchmark
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, description=label)
+        elif time.monotonic() - self._last > QUIET_SECONDS and not self.quiet:
+            self._last = time.monotonic()
+            err.print(f"{label}: {self._done} of {self._total} documents", highlight=False)
