@@ -23,7 +23,7 @@ from vlmeff.pictures import MAX_PIXELS
 SOURCES = ("folder", "package", "generated", "hf-disk", "hf")
 
 # Modules that call ``register`` when imported; imported when a name is first asked for.
-_MODULES = ["vlmeff.evaluation.published"]
+_MODULES = ["vlmeff.evaluation.published", "vlmeff.evaluation.generated"]
 _registered: dict[str, Benchmark] = {}
 
 
