@@ -217,7 +217,7 @@ def test_budgets_and_object_layers_of_the_shipped_presets() -> None:
         budgets = {"quality": 0.6667, "balanced": 0.5, "fast": 0.3333, "smallest": 0.1111, "paper-hiprune": paper}
         for preset, keep in budgets.items():
             expected = zoo.Step("hiprune", keep, {"alpha": 0.1, "object_layer": layer})
-            retention = {"balanced": 0.7, "fast": 0.5, "smallest": 0.2}.get(preset)
+            retention = {"balanced": 0.8, "fast": 0.7, "smallest": 0.5}.get(preset)
             kv = () if retention is None else (zoo.Step("prefixkv", None, {"keep_ratio": retention, "metric": "mean"}),)
             assert zoo.resolve(model, preset).steps == (expected, *kv)
 
@@ -505,7 +505,7 @@ def test_a_live_model_is_found_by_geometry(tiny: torch.nn.Module) -> None:
         status="fixture",
         steps=(
             zoo.Step("hiprune", 0.3333, {"alpha": 0.1, "object_layer": 3}),
-            zoo.Step("prefixkv", None, {"keep_ratio": 0.5, "metric": "mean"}),
+            zoo.Step("prefixkv", None, {"keep_ratio": 0.7, "metric": "mean"}),
         ),
     )
     assert zoo.resolve(tiny, "tiny-llava/fast") == zoo.resolve(tiny, "fast")
@@ -546,7 +546,7 @@ def test_a_preset_works_on_a_model_without_entry(tiny: torch.nn.Module) -> None:
     config.text_config.num_hidden_layers = 3
     resolved = zoo.resolve(SimpleNamespace(config=config), "fast")
     assert (resolved.entry, resolved.model, resolved.status) == (None, None, None)
-    kv = zoo.Step("prefixkv", None, {"keep_ratio": 0.5, "metric": "mean"})
+    kv = zoo.Step("prefixkv", None, {"keep_ratio": 0.7, "metric": "mean"})
     assert resolved.steps == (zoo.Step("hiprune", 0.3333, {"alpha": 0.1}), kv)
 
 
@@ -591,7 +591,7 @@ def test_preset_table_gives_status_and_tokens_of_the_model(tiny: torch.nn.Module
     assert "paper-fourier" in [row.preset for row in zoo.preset_table("fourier-llava-1.5-7b-144")]
     fast = rows["fast"]
     assert (fast.status, fast.tokens_in, fast.tokens_kept) == ("fixture", 324, 108)
-    assert fast.steps == "hiprune(keep=0.3333, alpha=0.1, object_layer=3) + prefixkv(keep_ratio=0.5, metric=mean)"
+    assert fast.steps == "hiprune(keep=0.3333, alpha=0.1, object_layer=3) + prefixkv(keep_ratio=0.7, metric=mean)"
     assert {(row.status, row.tokens_in) for row in zoo.preset_table()} == {(None, None)}
 
 

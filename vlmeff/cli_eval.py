@@ -133,6 +133,40 @@ def report_command(
         _show(results, where, as_json=as_json)
 
 
+@eval_app.command("verify")
+def verify_command(
+    zoo_entry: Annotated[str, typer.Option(help="An entry of the model zoo, such as tiny-llava/fast.")],
+    output: Annotated[Path, typer.Option(help="Where runs are written.")] = Path("vlmeff-verify"),
+    data_root: Annotated[Path | None, typer.Option(help="Folder with a folder for each benchmark.")] = None,
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
+    offline: Annotated[bool, typer.Option(help="Use no network, only what is there.")] = False,
+) -> None:
+    """Run the benchmarks of a zoo entry again and compare with what it expects; 5 is returned when they differ."""
+    import dataclasses
+
+    from vlmeff.evaluation.runner import Progress
+    from vlmeff.evaluation.verifying import verify_entry
+
+    with _Shown(quiet=False) as shown:
+        progress = Progress(begin=shown.begin, step=shown.step, say=shown.say)
+        checks = verify_entry(
+            zoo_entry,
+            output,
+            progress=progress,
+            change=lambda s: dataclasses.replace(s, data_root=data_root, device=device, offline=offline),
+        )
+    table = Table(show_edge=False)
+    for column in ("benchmark", "figure", "run", "expected", "measured", "tolerance", ""):
+        table.add_column(column)
+    for check in checks:
+        measured = "none" if check.measured is None else f"{check.measured:.1f}"
+        cells = (f"{check.expected:.1f}", measured, f"{check.tolerance:.1f}", "holds" if check.holds else "differs")
+        table.add_row(check.benchmark, check.metric, check.run, *cells)
+    out.print(table)
+    if not all(check.holds for check in checks):
+        raise typer.Exit(REGRESSION)
+
+
 @eval_app.command("import-tsv")
 def import_tsv_command(
     file: Annotated[Path, typer.Argument(help="A TSV of VLMEvalKit, with pictures in base64.")],

@@ -328,11 +328,16 @@ EntryTokens = Annotated[
 
 
 class Expected(_Record):
-    """A score that we measured: the unwrapped model's (``baseline``) and the preset's (``value``) over n documents."""
+    """A score that we measured: the unwrapped model's (``baseline``) and the preset's (``value``) over n documents.
+
+    ``benchmark`` and ``metric`` are names of ``vlmeff eval``, ``limit`` what it was given (None: everything): what
+    ``vlmeff eval verify`` runs again. ``metric`` is a key of the benchmark's figures.
+    """
 
     benchmark: Text
     metric: Text
     n: PositiveInt
+    limit: PositiveInt | None = None
     baseline: float
     value: float
     tolerance: Annotated[float, Field(ge=0)]

@@ -152,6 +152,29 @@ def samples(pictures: int, *, split: Split = "test", seed: int = 0, start: int =
             )
 
 
+def descriptions(pictures: int, *, split: Split = "test", seed: int = 0) -> Iterator[Sample]:
+    """One request for a description of each of the mosaics of ``samples``."""
+    for index in range(pictures):
+        name = f"mosaics/{split}/{seed}/{index}"
+        scene = make_scene(random.Random(f"vlmeff-1-{name}"), split)
+        yield Sample(
+            doc_id=f"{name}/describe",
+            images=(scene.image,),
+            question=DESCRIBE[0],
+            answers=(scene.description(),),
+            group=name,
+            category="describe",
+            split=split,
+            meta={"seed": seed, "index": index},
+        )
+
+
+def named_objects(description: str) -> set[tuple[str, str, str]]:
+    """(colour, shape, position) of every object that a describing sentence names."""
+    pattern = rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) ({'|'.join(POSITIONS)})"
+    return {(m[1], m[2], m[3]) for m in re.finditer(pattern, description.lower())}
+
+
 def _asked(scene: Scene, rng: random.Random) -> list[Question]:
     by_kind: dict[str, list[Question]] = {}
     for question in scene.questions():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmeff.evaluation.mosaics import COLORS, POSITIONS, SHAPES, easy_vqa_images, easy_vqa_questions, make_scene
+from vlmeff.evaluation.mosaics import COLORS, SHAPES, easy_vqa_images, easy_vqa_questions, make_scene, named_objects
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +97,6 @@ def is_right(item: Item, answer: str) -> bool:
     if " " not in item.answer:
         given = given.split(" ")[0] if given else ""
     return given == item.answer.lower().removesuffix(".")
-
-
-def named_objects(description: str) -> set[tuple[str, str, str]]:
-    """(colour, shape, position) of every object that a describing sentence names."""
-    pattern = rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) ({'|'.join(POSITIONS)})"
-    return {(m[1], m[2], m[3]) for m in re.finditer(pattern, description.lower())}
 
 
 def objects_right(item: Item, answer: str) -> tuple[int, int]:

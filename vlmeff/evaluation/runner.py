@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from vlmeff.errors import BadImageError, ConfigError, RunError
 from vlmeff.evaluation.benchmarks import LoadedBenchmark, check_limit, get
-from vlmeff.evaluation.samples import Sample, SampleRow
+from vlmeff.evaluation.samples import SampleRow
 from vlmeff.evaluation.storage import RowWriter, RunStore, fingerprint
 from vlmeff.pictures import MAX_PIXELS
 
@@ -106,16 +106,11 @@ def evaluate(settings: Settings, *, shard: Shard | None = None, progress: Progre
         RunError: E-RUN-01 to 03, E-MODEL-03; ``Interrupted``.
     """
     shard, progress = shard or Shard.of_environment(), progress or Progress()
+    if shard.world > 1 and not settings.resume:
+        # Processes do not talk to each other: one would go on in the folder that another is moving away.
+        raise ConfigError("--no-resume does not work with several processes; choose another --output.")
     loaded = [load_benchmark(settings, name) for name in settings.benchmarks]
-    session = Session.start(settings, shard, progress)
-    done = []
-    with _interruptible() as stop:
-        for data in loaded:
-            stores = session.open(data)
-            session.run(data, stores, stop)
-            if shard.rank == 0:
-                done += session.finish(data, stores, stop)
-    return done
+    return Session(settings, shard, progress, LoadedModel.load(settings, shard, progress.say)).run_all(loaded)
 
 
 def load_benchmark(settings: Settings, name: str) -> LoadedBenchmark:
@@ -131,19 +126,41 @@ def load_benchmark(settings: Settings, name: str) -> LoadedBenchmark:
     )
 
 
+@dataclass(frozen=True)
+class Task:
+    """A document by its index, and the runs, by number and in their order, that answer it for the n-th time."""
+
+    index: int
+    runs: tuple[int, ...]
+    attempts: tuple[int, ...]
+
+
+Answered = Iterator[tuple[Task, list[SampleRow]]]
+
+
+class Engine(Protocol):
+    """What answers documents: a model in this process, or processes of its own. ``about``: model and environment."""
+
+    runs: Sequence[Any]
+    about: dict[str, Any]
+
+    def answers(self, data: LoadedBenchmark, tasks: Sequence[Task], stop: threading.Event) -> Answered:
+        """Each task with a row for each of its runs, in any order; once ``stop`` is set, what has begun already."""
+        ...
+
+
 @dataclass(eq=False)
-class Session:
-    """A loaded model with its runs."""
+class LoadedModel:
+    """The engine of one process: a model with its runs."""
 
     settings: Settings
-    shard: Shard
-    progress: Progress
     answerer: Any
     runs: list[Any]
     about: dict[str, Any]
+    say: Callable[[str], None]
 
     @classmethod
-    def start(cls, settings: Settings, shard: Shard, progress: Progress) -> Session:
+    def load(cls, settings: Settings, shard: Shard, say: Callable[[str], None]) -> LoadedModel:
         import torch
 
         from vlmeff.evaluation.answering import Answerer
@@ -158,7 +175,7 @@ class Session:
                 device = f"cuda:{local}"
             else:
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        progress.say(f"loading {settings.model}")
+        say(f"loading {settings.model}")
         options = {} if settings.attention is None else {"attn_implementation": settings.attention}
         model, processor = load(
             settings.model, revision=settings.revision, dtype=settings.dtype, device=device, **options
@@ -167,18 +184,59 @@ class Session:
         answerer = Answerer(
             model, processor, settings.max_new_tokens, timed=settings.perf != "accuracy", rank=shard.rank
         )
-        about = {
-            "model": describe_model(settings.model, model),
-            "environment": environment(model),
-        }
-        return cls(settings, shard, progress, answerer, runs, about)
+        about = {"model": describe_model(settings.model, model), "environment": environment(model)}
+        return cls(settings, answerer, runs, about, say)
+
+    def answers(self, data: LoadedBenchmark, tasks: Sequence[Task], stop: threading.Event) -> Answered:
+        self.warm_up(data, tasks[0].index)
+        for task in tasks:
+            yield task, self.answer(data, task)
+            if stop.is_set():
+                return
+
+    def answer(self, data: LoadedBenchmark, task: Task) -> list[SampleRow]:
+        sample = data[task.index]
+        try:
+            return self.answerer.answer(data.benchmark, sample, [self.runs[n] for n in task.runs], task.attempts)
+        except BadImageError as error:
+            if not self.settings.skip_bad_images:
+                raise
+            return [self.answerer.failed(data.benchmark, sample, str(error), n) for n in task.attempts]
+
+    def warm_up(self, data: LoadedBenchmark, index: int) -> None:
+        """What is set up once (kernels, thread pools, allocator) must not be paid for by the first document."""
+        everything = Task(index, tuple(range(len(self.runs))), (1,) * len(self.runs))
+        for _ in range(self.settings.warmup if self.answerer.timed else 0):
+            self.say("warming up")
+            self.answer(data, everything)
+
+
+@dataclass(eq=False)
+class Session:
+    """An evaluation: what is asked of an engine, and what becomes of its answers."""
+
+    settings: Settings
+    shard: Shard
+    progress: Progress
+    engine: Engine
+
+    def run_all(self, loaded: Sequence[LoadedBenchmark]) -> list[RunStore]:
+        """Every benchmark; rank 0 returns the finished runs."""
+        done = []
+        with _interruptible() as stop:
+            for data in loaded:
+                stores = self.open(data)
+                self.run(data, stores, stop)
+                if self.shard.rank == 0:
+                    done += self.finish(data, stores, stop)
+        return done
 
     # -- files
 
     def open(self, data: LoadedBenchmark) -> list[RunStore]:
         """The folder of each run; with ``resume`` off an old one is moved aside."""
         stores = []
-        for run in self.runs:
+        for run in self.engine.runs:
             about = self.describe(run, data)
             args = (self.settings.output, about["model"]["id"], data.benchmark.name, run.name, about)
             if not self.settings.resume and self.shard.rank == 0:
@@ -188,9 +246,9 @@ class Session:
 
     def describe(self, run: Any, data: LoadedBenchmark) -> dict[str, Any]:
         """run.json. Of the machine, the world size and the time nothing goes into the fingerprint."""
-        benchmark = data.benchmark
+        benchmark, about = data.benchmark, self.engine.about
         identity = {
-            "model": self.about["model"],
+            "model": about["model"],
             "kind": run.kind,
             "preset": run.preset,
             "control": run.control,
@@ -201,7 +259,7 @@ class Session:
             "generation": {"max_new_tokens": self.settings.max_new_tokens or benchmark.max_new_tokens, "greedy": True},
             "seed": self.settings.seed,
             "max_image_pixels": self.settings.max_image_pixels,
-            "versions": {name: _minor(self.about["environment"][name]) for name in ("vlmeff", "torch", "transformers")},
+            "versions": {name: _minor(about["environment"][name]) for name in ("vlmeff", "torch", "transformers")},
         }
         return {
             "schema": "vlmeff.run/1",
@@ -210,7 +268,7 @@ class Session:
             "partial": data.partial,
             "caption_notes": list(data.notes),
             "perf": {"mode": self.settings.perf},
-            "environment": self.about["environment"],
+            "environment": about["environment"],
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "fingerprint": fingerprint(identity),
         }
@@ -221,65 +279,34 @@ class Session:
         """Answer what is not there yet of this process's documents."""
         known = [store.rows() for store in stores]
         mine = [i for i in range(len(data)) if i % self.shard.world == self.shard.rank]
-        todo = [i for i in mine if self._missing(data.doc_ids[i], known)]
-        self.progress.begin(data.benchmark.name, len(mine) - len(todo), len(mine))
-        if not todo:
+        tasks = [task for i in mine if (task := _task(i, data.doc_ids[i], known)).runs]
+        self.progress.begin(data.benchmark.name, len(mine) - len(tasks), len(mine))
+        if not tasks:
             return
-        self._warm_up(data[todo[0]], data)
-        failed = [0] * len(self.runs)
-        first: list[list[SampleRow]] = [[] for _ in self.runs]
+        failed = [0] * len(stores)
+        first: list[list[SampleRow]] = [[] for _ in stores]
         with ExitStack() as stack:
             writers = [stack.enter_context(RowWriter(store, self.shard.rank)) for store in stores]
-            for count, index in enumerate(todo, 1):
-                numbers = self._missing(data.doc_ids[index], known)
-                turn = index % len(numbers)
-                order = numbers[turn:] + numbers[:turn]
-                rows = self._answer(data, data[index], order, known)
-                for number, row in zip(order, rows, strict=True):
+            for count, (task, rows) in enumerate(self.engine.answers(data, tasks, stop), 1):
+                for number, row in zip(task.runs, rows, strict=True):
                     writers[number].write(row)
                     failed[number] += row.error is not None
                     first[number].append(row) if count <= EARLY else None
                 self.progress.step(data.benchmark.name, rows)
-                if count == min(EARLY, len(todo)):
+                if count == min(EARLY, len(tasks)):
                     self._check_early(first)
                 self._check_errors(failed, count, len(mine))
-                if stop.is_set():
-                    raise Interrupted(
-                        f"interrupted after {count} of {len(todo)} documents of {data.benchmark.name}; run the same "
-                        "command again to go on."
-                    )
-
-    def _missing(self, doc_id: str, known: Sequence[dict[str, SampleRow]]) -> list[int]:
-        """Numbers of the runs that have no row of a document yet, or one that failed for the first time."""
-        out = []
-        for number, rows in enumerate(known):
-            row = rows.get(doc_id)
-            if row is None or (row.error is not None and row.attempt < ATTEMPTS):
-                out.append(number)
-        return out
-
-    def _answer(
-        self, data: LoadedBenchmark, sample: Sample, order: Sequence[int], known: Sequence[dict[str, SampleRow]]
-    ) -> list[SampleRow]:
-        attempts = [1 + (known[n][sample.doc_id].attempt if sample.doc_id in known[n] else 0) for n in order]
-        try:
-            return self.answerer.answer(data.benchmark, sample, [self.runs[n] for n in order], attempts)
-        except BadImageError as error:
-            if not self.settings.skip_bad_images:
-                raise
-            return [self.answerer.failed(data.benchmark, sample, str(error), n) for n in attempts]
-
-    def _warm_up(self, sample: Sample, data: LoadedBenchmark) -> None:
-        """What is set up once (kernels, thread pools, allocator) must not be paid for by the first document."""
-        for _ in range(self.settings.warmup if self.answerer.timed else 0):
-            self.progress.say("warming up")
-            self.answerer.answer(data.benchmark, sample, self.runs, [1] * len(self.runs))
+            if stop.is_set():
+                raise Interrupted(
+                    f"interrupted after {count} of {len(tasks)} documents of {data.benchmark.name}; run the same "
+                    "command again to go on."
+                )
 
     def _check_early(self, first: Sequence[Sequence[SampleRow]]) -> None:
         from vlmeff.evaluation.answering import check_effect
 
-        baseline = next((r for run, r in zip(self.runs, first, strict=True) if run.kind == "baseline"), None)
-        for run, rows in zip(self.runs, first, strict=True):
+        baseline = next((r for run, r in zip(self.engine.runs, first, strict=True) if run.kind == "baseline"), None)
+        for run, rows in zip(self.engine.runs, first, strict=True):
             if rows and baseline:
                 check_effect(run, rows, baseline)
 
@@ -289,7 +316,7 @@ class Session:
         hopeless = failed[worst] == count >= EARLY
         if hopeless or failed[worst] > max(self.settings.max_error_rate * total, EARLY - 1):
             raise RunError(
-                f"E-RUN-03: {failed[worst]} of {count} documents failed in {self.runs[worst].name} (allowed: "
+                f"E-RUN-03: {failed[worst]} of {count} documents failed in {self.engine.runs[worst].name} (allowed: "
                 f"{self.settings.max_error_rate:.1%} of {total}). Look at 'error' in its samples.rank*.jsonl; "
                 "--max-error-rate raises the limit."
             )
@@ -302,10 +329,23 @@ class Session:
 
         wait_for_rows(data, stores, self.settings.rank_timeout, stop)
         merged = [store.merge(data.doc_ids) for store in stores]
-        baseline = next((r for run, r in zip(self.runs, merged, strict=True) if run.kind == "baseline"), None)
-        for run, rows in zip(self.runs, merged, strict=True):
+        baseline = next((r for run, r in zip(self.engine.runs, merged, strict=True) if run.kind == "baseline"), None)
+        for run, rows in zip(self.engine.runs, merged, strict=True):
             check_effect(run, rows, baseline)
         return list(stores)
+
+
+def _task(index: int, doc_id: str, known: Sequence[dict[str, SampleRow]]) -> Task:
+    """The runs that have no row of a document yet, or one that failed for the first time; who begins goes round."""
+    order, attempts = [], {}
+    for number, rows in enumerate(known):
+        row = rows.get(doc_id)
+        if row is None or (row.error is not None and row.attempt < ATTEMPTS):
+            order.append(number)
+            attempts[number] = 1 + (row.attempt if row else 0)
+    turn = index % max(1, len(order))
+    order = order[turn:] + order[:turn]
+    return Task(index, tuple(order), tuple(attempts[n] for n in order))
 
 
 def wait_for_rows(data: LoadedBenchmark, stores: Sequence[RunStore], timeout: float, stop: threading.Event) -> None:
