@@ -1,0 +1,135 @@
+"""The command ``vlmeff eval``: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from vlmeff import zoo
+from vlmeff.cli import main
+from vlmeff.errors import ConfigError, UnknownNameError
+from vlmeff.evaluation import verifying
+from vlmeff.evaluation.results_schema import json_schema
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(monkeypatch, *arguments):
+    """The exit code of ``vlmeff eval``."""
+    monkeypatch.setattr(sys, "argv", ["vlmeff", "eval", *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    return done.value.code
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("eval")
+
+
+def test_one_json_object_and_every_file(output, monkeypatch, capsys):
+    assert run(monkeypatch, "--limit", 5, "--warmup", 0, "--output", output, "--json") == 0
+    printed = capsys.readouterr()
+    (line,) = printed.out.splitlines()
+    answer = json.loads(line)
+    assert [row["run"] for row in answer["headline"]] == [
+        "baseline",
+        "fast",
+        "blank",
+        "downsample (fast)",
+        "random (fast)",
+    ]
+    results = json.loads(Path(answer["results"]).read_text())
+    jsonschema.validate(results, json_schema())
+    assert results["partial"]
+    assert results["model"]["revision"] == zoo.load_zoo().models["tiny-llava"].revision
+    assert str(ROOT) not in json.dumps(results)
+    for name in ("results.md", "frontier.png", "frontier.csv", "regressions.html"):
+        assert (output / name).stat().st_size > 100
+    page = (output / "regressions.html").read_text()
+    assert "<script src" not in page
+
+
+def test_the_report_needs_no_torch_and_says_the_same(output, monkeypatch):
+    before = (output / "results.json").read_bytes()
+    code = (
+        "import sys; sys.argv = ['vlmeff', 'eval', 'report', sys.argv[1], '--json']\n"
+        "from vlmeff.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(output)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["headline"]
+    assert json.loads((output / "results.json").read_text())["runs"] == json.loads(before)["runs"]
+
+
+def test_a_regression_is_an_exit_code_where_it_is_asked_for(output, monkeypatch, capsys):
+    arguments = ("--limit", 5, "--warmup", 0, "--output", output, "--fail-on-regression")
+    assert run(monkeypatch, *arguments) == 0
+    for file in output.glob("tiny-llava/easy_vqa/*/samples.rank0.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row["group"] = str(number)  # each document its own, so that there is an interval
+            if file.parent.name.startswith("fast-") and file.parent.name.count("-") == 1:
+                row["scores"] = {name: 0.0 if name in ("open", "right") else x for name, x in row["scores"].items()}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(monkeypatch, *arguments) == 5
+    assert "inferior to the baseline: fast" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--benchmarks", "easy_vqs"], 2, "E-USE-01"),
+        (["--limit", "1.0"], 2, "E-USE-02"),
+        (["--margin", "-1"], 2, "E-USE-02"),
+        (["--perf", "fast"], 2, "--perf"),
+        (["--engine", "slurm"], 2, "--engine"),
+        (["--benchmarks", "pope", "--offline"], 3, "E-DATA-01"),
+        (["--presets", "fsat"], 4, "Did you mean 'fast'"),
+        (["--controls", "randon"], 2, "E-USE-01"),
+        (["report", "nowhere"], 3, "E-DATA-02"),
+    ],
+)
+def test_what_cannot_work_says_so(arguments, code, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_list_names_every_benchmark(monkeypatch, capsys):
+    assert run(monkeypatch, "--list") == 0
+    printed = capsys.readouterr().out
+    for name in ("easy_vqa", "scenes", "mosaics", "textvqa_val_ocr", "mmmu_val"):
+        assert name in printed
+
+
+def test_an_entry_is_verified_against_its_figures(tmp_path, monkeypatch):
+    entry = zoo.get("tiny-llava/fast")
+    row = entry.expected[0].model_copy(
+        update={"benchmark": "easy_vqa", "metric": "easy_vqa_open", "limit": 5, "baseline": 100.0, "value": 90.0}
+    )
+    monkeypatch.setattr(zoo, "get", lambda name: entry.model_copy(update={"expected": (row,)}))
+    baseline, preset = verifying.verify_entry("tiny-llava/fast", tmp_path)
+    assert (baseline.run, baseline.measured, baseline.holds) == ("baseline", 100.0, True)
+    assert (preset.run, preset.measured, preset.holds) == ("fast", 100.0, False)
+    monkeypatch.setattr(zoo, "get", lambda name: entry.model_copy(update={"expected": ()}))
+    with pytest.raises(ConfigError, match="no expected figures"):
+        verifying.verify_entry("tiny-llava/fast", tmp_path)
+    wrong = row.model_copy(update={"benchmark": "easy"})
+    monkeypatch.setattr(zoo, "get", lambda name: entry.model_copy(update={"expected": (wrong,)}))
+    with pytest.raises(UnknownNameError, match="E-USE-01"):
+        verifying.verify_entry("tiny-llava/fast", tmp_path)
