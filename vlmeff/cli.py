@@ -1,4 +1,4 @@
-"""The command line: ``vlmeff ask | presets | calibrate | eval | zoo``."""
+"""The command line: ``vlmeff ask | presets | calibrate | eval | serve | zoo``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from vlmeff import __version__
 from vlmeff.cli_calibrate import calibrate_app
 from vlmeff.cli_eval import eval_app
+from vlmeff.cli_serve import serve_command
 from vlmeff.errors import ConfigError, VlmeffError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Vision-language models that cost less to run.")
@@ -196,6 +197,9 @@ def presets(
         tokens = "" if row.tokens_in is None else f"{row.tokens_in} -> {row.tokens_kept}"
         table.add_row(row.preset, row.status or "", tokens, row.steps, row.summary)
     out.print(table)
+
+
+app.command("serve")(serve_command)
 
 
 @zoo_app.command("list")
