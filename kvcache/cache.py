@@ -76,12 +76,12 @@ class RetainedCache(DynamicCache):
             raise ValueError(f"RetainedCache: headroom={headroom} must be 0 or more columns.")
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedCacheError(
-                f"KV retention needs a decoder-only model, and {type(config).__name__} is encoder-decoder: kv=None."
+                f"KV retention needs a decoder-only model, and {type(config).__name__} is encoder-decoder: kv=False."
             )
         text_config = config.get_text_config(decoder=True)
         if "reuse" in (getattr(text_config, "kv_sharing_modes", None) or ()):
             raise UnsupportedModelError(
-                f"KV retention: layers of {type(text_config).__name__} use the keys of others, so none can go. kv=None."
+                f"KV retention: layers of {type(text_config).__name__} use the keys of others, none can go. kv=False."
             )
         super().__init__(config=config, offloading=offloading)
         self.layers = [
@@ -90,7 +90,7 @@ class RetainedCache(DynamicCache):
         self.retained = tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, RetainedLayer))
         if not self.retained:
             raise UnsupportedModelError(
-                f"KV retention: {type(text_config).__name__} has no full-attention layer. kv=None."
+                f"KV retention: {type(text_config).__name__} has no full-attention layer. kv=False."
             )
         self.policy = policy
         self.storage = storage
@@ -145,13 +145,13 @@ class RetainedCache(DynamicCache):
         if layer not in self.retained:
             raise IncompatibleError(
                 f"KV retention: tokens were dropped in front of layer {layer}, which is no full-attention layer. Use a "
-                "method that drops tokens before the language model, or kv=None."
+                "method that drops tokens before the language model, or kv=False."
             )
         position = self.retained.index(layer)
         if self.layer(position).seen or logical_end != (self.prompt_length or logical_end):
             raise IncompatibleError(
                 f"KV retention: tokens were dropped between layers in a pass of {logical_end} tokens, which is not the "
-                f"whole prompt ({self.prompt_length}): give the prompt in one pass, or use kv=None."
+                f"whole prompt ({self.prompt_length}): give the prompt in one pass, or use kv=False."
             )
         self.layer(position).query_slots = (slots, logical_end)
 
@@ -194,7 +194,7 @@ class RetainedCache(DynamicCache):
             raise UnsupportedModelError(
                 "KV retention: the model's attention was never heard: its modules do not look their kernel up in "
                 "transformers' ALL_ATTENTION_FUNCTIONS. Use a policy that does not look at attention (streaming_llm, "
-                "knorm), or kv=None."
+                "knorm), or kv=False."
             )
         batch = len(layers[0].keys)
         vision = self.vision

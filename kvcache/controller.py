@@ -56,7 +56,7 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
         self.cache, self._model, self._assists = cache, model, False
         self.prompt_end = prompt_end
         layers: Any = text_model.layers
-        if len(layers) < cache.retained[-1] + 1:
+        if len(layers) != len(cache.layers):
             raise UnsupportedCacheError(
                 f"past_key_values was made for a model of {len(cache.layers)} layers, this one has {len(layers)}."
             )
@@ -99,6 +99,9 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._model is not None:  # assisted decoding switches it on and leaves it so
+            for position in range(len(self.cache.retained)):
+                self.cache.layer(position).record_past = False
         if self._assists:
             assisted.remove(self._model)
         tap.remove(self._tapped)
@@ -118,7 +121,7 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
             if layer.seen and not layer.compacted and not layer.record_past and layer.seen >= (length or 0):
                 raise UnsupportedModelError(
                     f"KV retention: {type(module).__name__} of layer {self.cache.retained[position]} did not pass "
-                    "its cache as the keyword argument past_key_values, so nothing was retained. kv=None."
+                    "its cache as the keyword argument past_key_values, so nothing was retained. kv=False."
                 )
 
     # -- one module. A hook registered by another thread may run for an instant without its keyword arguments.
@@ -132,7 +135,7 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
         if torch.compiler.is_compiling():
             raise UnsupportedCacheError(
                 "KV retention changes the length of the cache and cannot be compiled: do not torch.compile the model, "
-                "or use kv=None."
+                "or use kv=False."
             )
         hidden = args[0] if args else kwargs["hidden_states"]
         if "attention_mask" not in kwargs and len(args) > 1:
@@ -147,7 +150,7 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
             raise IncompatibleError(
                 f"KV retention needs to know which tokens a layer processes; layer {cache.retained[0]} got {self._new}"
                 f" and layer {cache.retained[position]} {new}. What drops tokens between layers must call "
-                "RetainedCache.set_query_slots, as AdaptInfer does; else use kv=None."
+                "RetainedCache.set_query_slots, as AdaptInfer does; else use kv=False."
             )
         known = self.prompt_end is not None and layer.seen >= self.prompt_end
         valid = None if known else self._validity(mask, layer, new)
@@ -292,7 +295,7 @@ def attention_module(decoder_layer: nn.Module, index: int) -> Any:
     if len(found) != 1 or not hasattr(found[0], "config"):
         raise UnsupportedModelError(
             f"KV retention: layer {index} of the language model ({type(decoder_layer).__name__}) has no attention "
-            "module with the arguments attention_mask and past_key_values. kv=None."
+            "module with the arguments attention_mask and past_key_values. kv=False."
         )
     if getattr(found[0], "sinks", None) is not None:
         raise _sinks(found[0])
@@ -302,12 +305,12 @@ def attention_module(decoder_layer: nn.Module, index: int) -> Any:
 def _sinks(module: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"KV retention does not know the attention of {type(module).__name__} (attention sinks or a position bias): "
-        "kv=None."
+        "kv=False."
     )
 
 
 def _signature(module: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"KV retention: {type(module).__name__} is not called with attention_mask and past_key_values as keyword "
-        "arguments. kv=None."
+        "arguments. kv=False."
     )

@@ -92,7 +92,7 @@ def _uniform(policy: RetentionPolicy, number: int, sizes: Sequence[int], kv_head
         layers=len(sizes),
         n=n,
         kv_heads=kv_heads,
-        scores=torch.ones(1).expand(*heads, n) if needs.kind == "full" else None,
-        probs=torch.tensor(1 / n).expand(rows) if needs.kind in ("window", "post_vision") else None,
+        scores=torch.ones(1).expand(*heads, n) if needs.sums else None,
+        probs=torch.tensor(1 / n).expand(rows) if needs.kind in ("window", "post_vision") and not needs.sums else None,
         key_norms=torch.ones(1).expand(kv_heads, n) if needs.kind == "keys" else None,
     )

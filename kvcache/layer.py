@@ -35,10 +35,10 @@ class RetainedLayer(DynamicLayer):
     def __init__(self, headroom: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.headroom = headroom
-        self.record_past = False
         self._clear()
 
     def _clear(self) -> None:
+        self.record_past = False
         self.seen = 0
         self.valid: Tensor | None = None
         self.kept_slots: Tensor | None = None
@@ -121,7 +121,7 @@ class RetainedLayer(DynamicLayer):
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise RetentionStateError(
                 "A retained KV cache cannot be trained through: call the model under torch.no_grad(), or without "
-                "KV retention (kv=None)."
+                "KV retention (kv=False)."
             )
         new, announced = key_states.shape[-2], self.announced
         self.announced = None
@@ -231,6 +231,9 @@ class RetainedLayer(DynamicLayer):
         if self.valid is not None:
             self.valid = torch.cat([self.valid[:, :start], self.valid[:, end:]], 1)
         if self.kept_slots is not None and start < self.kept_slots.shape[-1]:
+            gone = (self.kept_slots[..., start:end] >= 0).sum(-1)  # of the prompt, fillers not counted
+            if self.kept is not None:
+                self.kept = self.kept - (gone if gone.ndim == 1 else gone[:, 0])
             self.kept_slots = torch.cat([self.kept_slots[..., :start], self.kept_slots[..., end:]], -1)
         self.decode_evicted += count
         self.aligned = False

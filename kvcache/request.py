@@ -62,9 +62,9 @@ def retained_call(
         _check_generation(model, kwargs, generating=generating)
     _check_not_compiled(model, text_model)
     _check_inputs(kwargs, cache if isinstance(cache, RetainedCache) else None, generating=generating)
-    if torch.is_grad_enabled() and text_model.training:
+    if torch.is_grad_enabled() and (text_model.training or any(p.requires_grad for p in text_model.parameters())):
         raise RetentionStateError(
-            "KV retention cannot be trained through: call model.eval() and torch.no_grad(), or use kv=None."
+            "KV retention cannot be trained through: call model.eval() and torch.no_grad(), or use kv=False."
         )
     if not isinstance(cache, RetainedCache):
         assert policy is not None
@@ -76,15 +76,27 @@ def retained_call(
             cache.layer(position).record_past = False
     if not cache.get_seq_length():
         cache.prompt_length = prompt_end or cache.prompt_length
-        cache.vision = vision if vision is not None else cache.vision
+    if vision is not None:
+        _note_vision(cache, vision)
     return RetainedCall(text_model, cache, prompt_end=prompt_end, model=model if generating else None)
+
+
+def _note_vision(cache: RetainedCache, vision: Tensor) -> None:
+    """The prompt may come in passes of one call each; ``vision`` is of the call's tokens or of the whole sequence."""
+    seen, length = cache.get_seq_length(), cache.prompt_length
+    if length is not None and seen >= length:
+        return  # behind the prompt
+    if not seen or vision.shape[1] >= (length or 0):
+        cache.vision = vision
+    elif cache.vision is not None and cache.vision.shape[1] == seen:
+        cache.vision = torch.cat([cache.vision, vision.to(cache.vision.device)], 1)
 
 
 def _leave_alone(cache: Any) -> None:
     if type(cache) is not DynamicCache:
         raise UnsupportedCacheError(
             f"past_key_values: KV retention cannot work in a {type(cache).__name__}. Pass none, or a RetainedCache, or "
-            "wrap with kv=None."
+            "wrap with kv=False."
         )
     warnings.warn(
         "past_key_values: entries of a DynamicCache that is brought along are not retained; pass none, or a "
@@ -111,13 +123,22 @@ def _check_generation(model: Any, kwargs: dict[str, Any], *, generating: bool) -
 
     if setting("use_cache") is False:
         raise UnsupportedCacheError(
-            "use_cache=False: KV retention needs the cache. Pass use_cache=True, or wrap with kv=None."
+            "use_cache=False: KV retention needs the cache. Pass use_cache=True, or wrap with kv=False."
+        )
+    if setting("is_assistant"):
+        raise UnsupportedCacheError(
+            "assistant_model: an assistant drafts tokens that are taken back, into its prompt too, which KV retention "
+            "cannot. Pass an assistant that is not wrapped, or wrap it with kv=False."
         )
     kind = setting("cache_implementation")
     if kind not in DYNAMIC:
-        hint = " (or past_key_values=RetainedCache(config, policy, offloading=True))" if kind == "offloaded" else ""
+        hint = (
+            " (or past_key_values=vlmeff.RetainedCache(model.config, policy, offloading=True))"
+            if kind == "offloaded"
+            else ""
+        )
         raise UnsupportedCacheError(
-            f"cache_implementation={kind!r}: KV retention brings its own cache. Leave it out{hint}, or use kv=None."
+            f"cache_implementation={kind!r}: KV retention brings its own cache. Leave it out{hint}, or use kv=False."
         )
 
 
@@ -126,7 +147,7 @@ def _check_not_compiled(model: Any, text_model: Any) -> None:
     if torch.compiler.is_compiling() or any(call is not None for call in compiled):
         raise UnsupportedCacheError(
             "torch.compile: KV retention gives layers caches of different lengths and cannot be compiled. Use the "
-            "model as it was before compile(), or wrap with kv=None."
+            "model as it was before compile(), or wrap with kv=False."
         )
 
 

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvcache import H2O, TOVA, KNorm, PrefixKV, PyramidKV, RandomKV, SnapKV, StreamingLLM, VLCache
+    from kvcache.cache import RetainedCache
     from tokenpruning import (
         AdaptInfer,
         DivPrune,
@@ -57,6 +58,7 @@ _HOMES = {
     "Random": "tokenpruning",
     "RandomKV": "kvcache",
     "Report": "vlmeff.reporting",
+    "RetainedCache": "kvcache.cache",
     "Schedule": "tokenpruning",
     "Scope": "tokenpruning",
     "SnapKV": "kvcache",
@@ -100,6 +102,7 @@ __all__ = [
     "Random",
     "RandomKV",
     "Report",
+    "RetainedCache",
     "Schedule",
     "Scope",
     "SnapKV",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ OPTIONS = (
     "text_source",
     "min_visual_tokens",
     "kv_storage",
+    "kv_headroom",
 )  # of ``wrap``, besides the fields of methods
 TokensArgument = Method | str | Sequence[Method | str]
 
@@ -48,6 +49,7 @@ class Plan:
     inner: Any = None
     kv: RetentionPolicy | None = None
     kv_storage: Any = None
+    kv_headroom: int = 0
     kv_optional: bool = False
 
     @property
@@ -83,7 +85,8 @@ def make_plan(
         if value is not None:
             raise ConfigError(f"wrap: {name}={value!r} is not available in this version of vlmeff; leave {name} out.")
     options = {name: overrides[name] for name in OPTIONS if name in overrides}
-    kv_storage = options.pop("kv_storage", None)
+    storing = {name: options.pop(name) for name in ("kv_storage", "kv_headroom") if name in options}
+    kv_storage, kv_headroom = storing.get("kv_storage"), storing.get("kv_headroom", 0)
     overrides = {name: value for name, value in overrides.items() if name not in OPTIONS}
     _check_options(options)
     asked = list(options)
@@ -109,25 +112,26 @@ def make_plan(
         options.setdefault("positions", record.positions)
     chosen, policy = _override(_named_methods(tokens, chosen, record), _named_policy(kv, policy), overrides)
     before, inside = _places(chosen)
-    optional = kv is None and kv_storage is None and not any(name in _fields(type(policy)) for name in overrides)
+    optional = kv is None and not storing and not any(name in _fields(type(policy)) for name in overrides)
     if policy is not None:
         try:
-            check_retention(model, policy, storage=kv_storage, token_pruning=described(chosen))
+            check_retention(model, policy, storage=kv_storage, headroom=kv_headroom, token_pruning=described(chosen))
         except (UnsupportedModelError, UnsupportedCacheError) as error:
             if not optional:
                 raise
             logger.info("vlmeff: the KV step of preset %r is skipped for %s: %s", preset, type(model).__name__, error)
             policy = None
-    elif kv_storage is not None:
+    elif storing:
+        name, value = next(iter(storing.items()))
         raise ConfigError(
-            f"wrap: kv_storage={kv_storage!r} stores what KV retention keeps, and none is asked for; add "
+            f"wrap: {name}={value!r} is about what KV retention keeps, and none is asked for; add "
             "kv=vlmeff.PrefixKV(keep_ratio=1.0) to keep everything."
         )
     if not chosen:
         if tokens is not None or asked:
             what = "tokens=[]" if tokens is not None else f"{asked[0]}=..."
             raise ConfigError(f"wrap: {what} names no token method; pass tokens='hiprune', for example.")
-        return Plan(preset=preset, entry=entry, kv=policy, kv_storage=kv_storage, kv_optional=optional), None
+        return Plan(preset=preset, entry=entry, kv=policy, kv_optional=optional, **storing), None
     if not is_vlm(model):
         if tokens is not None:
             raise UnsupportedModelError(
@@ -135,7 +139,7 @@ def make_plan(
             )
         if policy is not None:
             logger.info("vlmeff: %s takes no pictures: the preset's token step is skipped", type(model).__name__)
-            return Plan(preset=preset, entry=entry, kv=policy, kv_storage=kv_storage, kv_optional=optional), None
+            return Plan(preset=preset, entry=entry, kv=policy, kv_optional=optional, **storing), None
         raise UnsupportedModelError(
             f"preset {preset!r} has nothing for {type(model).__name__}: it takes no pictures, and there is no KV step "
             "or none for its cache."
@@ -160,8 +164,8 @@ def make_plan(
         reduction=reduction,
         inner=inner,
         kv=policy,
-        kv_storage=kv_storage,
         kv_optional=optional,
+        **storing,
     )
     return plan, family
 
@@ -222,16 +226,24 @@ def _of_steps(steps: Sequence[zoo.Step]) -> tuple[list[Method], RetentionPolicy 
 
 
 def _named_policy(kv: object, of_preset: RetentionPolicy | None) -> RetentionPolicy | None:
-    """What is asked for by name, at the preset's ratio where only the name is given; else the preset's policy.
+    """What is asked for by name, at the preset's ratio where none is given; else the preset's policy.
 
-    False takes the preset's away.
+    A mapping holds the name as "policy", and the policy's arguments. False takes the preset's away.
     """
     if kv is None:
         return of_preset
     if kv is False:
         return None
+    ratio = {} if of_preset is None else {"keep_ratio": of_preset.keep_ratio}
     if isinstance(kv, str):
-        return make_policy(kv, {} if of_preset is None else {"keep_ratio": of_preset.keep_ratio})
+        return make_policy(kv, ratio)
+    if isinstance(kv, Mapping):
+        if not isinstance(kv.get("policy"), str):
+            raise ConfigError(
+                f"wrap: kv={dict(kv)!r} must name its policy, as {{'policy': 'snapkv', 'keep_ratio': 0.3}}; the names "
+                f"are {', '.join(policies.names())}."
+            )
+        return make_policy(kv["policy"], ratio | {str(name): x for name, x in kv.items() if name != "policy"})
     if isinstance(kv, type) or not isinstance(kv, RetentionPolicy):
         raise ConfigError(
             f"wrap: kv={kv!r} must be a KV retention policy such as vlmeff.PrefixKV(keep_ratio=0.5), or one of the "

@@ -204,7 +204,7 @@ def _check_shareable(model: Any) -> None:
 
 
 def _is_query_aware(plan: Plan) -> bool:
-    return plan.kv is not None and plan.kv.query_aware
+    return plan.kv is not None and plan.kv.query_aware and plan.kv.keep_ratio < 1
 
 
 def _check_plan(plan: Plan) -> None:
@@ -213,7 +213,7 @@ def _check_plan(plan: Plan) -> None:
         blind = [name for name in policies.names() if policies.get(name).query_aware is False]
         raise IncompatibleError(
             f"ask_many: kv={policies.name_of(plan.kv)!r} keeps what the question looks at, so its cache cannot serve "
-            f"another question. Wrap with a policy that does not look at it ({', '.join(blind)}) or kv=None."
+            f"another question. Wrap with a policy that does not look at it ({', '.join(blind)}) or kv=False."
         )
     if plan.inner is not None:
         raise IncompatibleError(

@@ -46,7 +46,8 @@ def wrap(
             ``positions`` ("repack", "keep"): how the survivors of one-dimensional positions are numbered;
             ``text_source``: what scores tokens against the question;
             ``min_visual_tokens``: requests with fewer per row are left alone;
-            ``kv_storage`` ("int8", "int4", "int2"): how the entries that KV retention keeps are stored.
+            ``kv_storage`` ("int8", "int4", "int2"): how the entries that KV retention keeps are stored;
+            ``kv_headroom`` (columns): allocated ahead, so that a step need not copy the cache.
     Raises:
         UnsupportedModelError: nothing of what was asked for applies to this model.
         UnknownPresetError, UnknownNameError, ConfigError: an argument cannot work; the message names it.

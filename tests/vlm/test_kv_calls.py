@@ -29,7 +29,7 @@ def test_continuous_batching_is_refused_with_the_remedy_and_is_back_behind_unwra
     name, called = entry.strip(), []
     monkeypatch.setattr(type(model), name, lambda self, *args, **kwargs: called.append((self, args, kwargs)))
     vlmeff.wrap(model, None, kv=POLICY)
-    with pytest.raises(UnsupportedCacheError, match=rf"{name}: .*model\.generate .*kv=None.*unwrap"):
+    with pytest.raises(UnsupportedCacheError, match=rf"{name}: .*model\.generate .*kv=False.*unwrap"):
         getattr(model, name)([[11]], max_new_tokens=2)
     assert not called
     vlmeff.unwrap(model)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 import vlmeff
 from kvcache.cache import RetainedCache
 from vlmeff import zoo
-from vlmeff.errors import ConfigError, UnsupportedCacheError, UnsupportedModelError
+from vlmeff.errors import ConfigError, RetentionStateError, UnsupportedCacheError, UnsupportedModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore:vlmeff. preset:UserWarning")
 
@@ -80,6 +80,10 @@ def test_calls_that_it_cannot_take_part_in_go_without_it(caplog):
         labels = inputs["input_ids"].masked_fill(inputs["input_ids"] < 10, -100)
         model(**inputs, labels=labels).loss.backward()
     model.eval()
+    with torch.enable_grad():  # and in evaluation mode
+        model(**inputs).logits.sum().backward()
+        with pytest.raises(RetentionStateError, match="no_grad"):
+            vlmeff.wrap(tiny("llava"), "fast", kv="prefixkv")(**inputs)
     # A forward pass with padding on the right.
     ids = torch.nn.functional.pad(inputs["input_ids"], (0, 3), value=0)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=0)
@@ -89,6 +93,26 @@ def test_calls_that_it_cannot_take_part_in_go_without_it(caplog):
     vlmeff.wrap(model, "fast", kv="prefixkv")
     with pytest.raises(UnsupportedCacheError, match="static"):
         generated(model, inputs, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_a_request_below_the_threshold_is_left_alone_whole():
+    model, inputs = tiny("llava"), prompts(tiny("llava"), [1])
+    vlmeff.wrap(model, "fast", min_visual_tokens=10_000)
+    assert same(generated(model, inputs), generated(tiny("llava"), inputs))
+    assert vlmeff.report(model).skipped
+    assert vlmeff.report(model).retention is None
+    vlmeff.wrap(model, "fast", min_visual_tokens=10_000, kv="prefixkv")
+    generated(model, inputs)
+    assert vlmeff.report(model).retention is not None, "asked for by name"
+
+
+def test_continuous_batching_is_not_refused_for_the_sake_of_a_preset(monkeypatch):
+    model = tiny_llama()
+    monkeypatch.setattr(type(model), "generate_batch", lambda self, *a, **k: "batched", raising=False)
+    assert vlmeff.wrap(model, "fast").generate_batch([[1, 2]]) == "batched"
+    with pytest.raises(UnsupportedCacheError, match="kv=False"):
+        vlmeff.wrap(model, "fast", kv="prefixkv").generate_batch([[1, 2]])
 
 
 @torch.no_grad()

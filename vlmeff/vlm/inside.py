@@ -67,7 +67,7 @@ def inside_call(
     """Prepare one call. ``kwargs`` are those of the model's own method; a retained cache is added to them.
 
     A cache that was pruned or retained is gone on from, whatever the plan has become since. ``skipped``: the request is
-    below the preset's ``min_visual_tokens``, so its token step is left out.
+    below the preset's ``min_visual_tokens``, so the preset's steps are left out.
     """
     cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
     visual = None if ids is None else placeholders(model, ids)
@@ -77,18 +77,18 @@ def inside_call(
         text_model = (family or family_of(model)).text_model(model)
         out.inner = prepare(model, text_model, schedule, kwargs, visual=visual, generating=generating)
     if plan.kv is not None or isinstance(cache, RetainedCache):
-        out.retention = _retention(model, plan, kwargs, visual, generating=generating)
+        out.retention = _retention(model, plan, kwargs, visual, generating=generating, skipped=skipped)
     return out
 
 
 def _retention(
-    model: Any, plan: Plan, kwargs: dict[str, Any], visual: Tensor | None, *, generating: bool
+    model: Any, plan: Plan, kwargs: dict[str, Any], visual: Tensor | None, *, generating: bool, skipped: bool
 ) -> RetainedCall | None:
     """A preset's retention is left out of a call that it cannot take part in; asked for by name, it says so."""
     cache = kwargs.get("past_key_values")
     optional = plan.kv_optional and not isinstance(cache, RetainedCache)
-    if optional and cache is not None:
-        return None  # the caller's own cache
+    if optional and (cache is not None or skipped):
+        return None  # the caller's own cache, or a request that the preset leaves alone
     if optional and not generating and _padded_behind(kwargs.get("attention_mask")):
         logger.info("vlmeff: a forward pass with padding behind real tokens goes without the preset's KV retention")
         return None
@@ -101,6 +101,7 @@ def _retention(
             generating=generating,
             vision=visual,
             storage=plan.kv_storage,
+            headroom=plan.kv_headroom,
         )
     except (UnsupportedCacheError, UnsupportedMaskError, RetentionStateError) as error:
         if not optional:

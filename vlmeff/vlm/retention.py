@@ -24,12 +24,12 @@ def decoder_of(model: Any) -> nn.Module:
             return part
     raise UnsupportedModelError(
         f"kv: {type(model).__name__} has no stack of decoder layers that KV retention knows (model.layers, "
-        "model.language_model.layers or model.text_model.layers)."
+        "model.language_model.layers or model.text_model.layers). kv=False."
     )
 
 
 def check_retention(
-    model: Any, policy: RetentionPolicy, *, storage: Any = None, token_pruning: str | None = None
+    model: Any, policy: RetentionPolicy, *, storage: Any = None, headroom: Any = 0, token_pruning: str | None = None
 ) -> None:
     """Raise for a model whose cache cannot be retained by the policy, or cannot be stored as asked for.
 
@@ -41,7 +41,13 @@ def check_retention(
     """
     if storage is not None and storage not in tuple(BITS):
         raise ConfigError(f"wrap: kv_storage={storage!r} must be one of {', '.join(map(repr, BITS))}, or None.")
-    cache = RetainedCache(model.config, policy, storage=storage)
+    if type(headroom) is not int or headroom < 0:
+        raise ConfigError(f"wrap: kv_headroom={headroom!r} must be a number of columns, 0 or more.")
+    cache = RetainedCache(model.config, policy, storage=storage, headroom=headroom)
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise UnsupportedModelError(
+            f"kv: {type(model).__name__} has a kind of cache of its own, which KV retention cannot work in. kv=False."
+        )
     text = model.config.get_text_config()
     for index, layer in enumerate(decoder_of(model).layers):  # type: ignore[arg-type]
         if index in cache.retained:

@@ -154,10 +154,10 @@ def _wrapped_class(original: Any) -> Any:
 def _unless_retained(name: str, original: Any) -> Any:
     def refuse_retention(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: State | None = self.__dict__.get(STATE)
-        if state is not None and state.plan.kv is not None:
+        if state is not None and state.plan.kv is not None and not state.plan.kv_optional:
             raise UnsupportedCacheError(
                 f"{name}: continuous batching has a paged cache of its own, which KV retention cannot work in. Use "
-                "model.generate with a padded batch, or wrap with kv=None, or vlmeff.unwrap(model) first."
+                "model.generate with a padded batch, or wrap with kv=False, or vlmeff.unwrap(model) first."
             )
         return getattr(original, name)(self, *args, **kwargs)
 
