@@ -254,8 +254,13 @@ def test_budgets_that_follow_attention_are_planned_within_what_is_documented(kv,
 
 @pytest.mark.parametrize(
     "kv",
-    [vlmeff.KNorm(keep_ratio=0.7), vlmeff.SnapKV(keep_ratio=0.7, window=4), vlmeff.PrefixKV(keep_ratio=0.7)],
-    ids=["knorm", "snapkv", "prefixkv"],
+    [
+        vlmeff.KNorm(keep_ratio=0.7),
+        vlmeff.SnapKV(keep_ratio=0.7, window=4),
+        vlmeff.PrefixKV(keep_ratio=0.7),
+        vlmeff.PrefixKV(keep_ratio=0.7, metric="window", window=6),
+    ],
+    ids=["knorm", "snapkv", "prefixkv", "prefixkv window"],
 )
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_vl", "internvl"])
 def test_token_reduction_comes_first_in_the_plan_too(name, kv):
