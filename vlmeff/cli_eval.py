@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmeff.errors import ConfigError
+from vlmeff.integrations.lmms_command import lmms_command
 
 eval_app = typer.Typer(
     invoke_without_command=True, help="Prove on VQA benchmarks what a preset costs in accuracy and what it saves."
@@ -186,6 +187,9 @@ def schema_command() -> None:
     from vlmeff.evaluation.results_schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+eval_app.command("lmms")(lmms_command)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ class LoadedModel:
 
     settings: Settings
     answerer: Any
-    runs: list[Any]
+    runs: Sequence[Any]
     about: dict[str, Any]
     say: Callable[[str], None]
 
@@ -283,7 +283,7 @@ class Session:
         self.progress.begin(data.benchmark.name, len(mine) - len(tasks), len(mine))
         if not tasks:
             return
-        failed = [0] * len(stores)
+        count, failed = 0, [0] * len(stores)
         first: list[list[SampleRow]] = [[] for _ in stores]
         with ExitStack() as stack:
             writers = [stack.enter_context(RowWriter(store, self.shard.rank)) for store in stores]
