@@ -59,6 +59,9 @@ def test_every_result_file_names_the_shipped_weights() -> None:
     ours = [r for r in results if r.get("model") == "tiny-llava"]
     assert ours
     assert {r["weights_sha256"] for r in ours} == {digest}
+    evaluated = [r["model"] for r in results if isinstance(r.get("model"), dict) and r["model"]["id"] == "tiny-llava"]
+    assert evaluated
+    assert {model["revision"] for model in evaluated} == {f"sha256:{digest}"}
 
 
 def test_its_adaptinfer_schedule_was_calibrated_on_these_weights_and_is_the_one_of_the_zoo() -> None:

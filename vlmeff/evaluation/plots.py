@@ -151,6 +151,8 @@ def _name(ax: Any, labels: Sequence[tuple[float, float, str]]) -> None:
             va="center",
             fontsize=size,
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5},
+            # A label that had to give way points at what it names.
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if place < up - size else None,
         )
 
 
