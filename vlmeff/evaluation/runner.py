@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -289,6 +289,8 @@ class Session:
             writers = [stack.enter_context(RowWriter(store, self.shard.rank)) for store in stores]
             for count, (task, rows) in enumerate(self.engine.answers(data, tasks, stop), 1):
                 for number, row in zip(task.runs, rows, strict=True):
+                    if stores[number].about["environment"] != self.engine.about["environment"]:
+                        row = replace(row, timing_valid=False)  # begun on another machine
                     writers[number].write(row)
                     failed[number] += row.error is not None
                     first[number].append(row) if count <= EARLY else None

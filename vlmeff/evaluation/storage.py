@@ -60,6 +60,7 @@ class RunStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.about: dict[str, Any] = {}  # of ``open``: the content of run.json, as it was first written
 
     @classmethod
     def at(cls, output: Path, model: str, benchmark: str, name: str, about: Mapping[str, Any]) -> RunStore:
@@ -77,11 +78,13 @@ class RunStore:
         folder.path.mkdir(parents=True, exist_ok=True)
         file = folder.path / "run.json"
         if file.exists():
-            theirs = json.loads(file.read_text(encoding="utf-8")).get("fingerprint")
+            folder.about = json.loads(file.read_text(encoding="utf-8"))
+            theirs = folder.about.get("fingerprint")
             if theirs != about["fingerprint"]:
                 raise DataError(f"{file}: of another run (fingerprint {theirs}); move the folder away.")
         else:
-            write_json(file, dict(about))
+            folder.about = dict(about)
+            write_json(file, folder.about)
         return folder
 
     @property
