@@ -5,6 +5,7 @@ All of it is float64 on the CPU, so the budgets of a prompt do not depend on the
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from vlmeff.errors import BudgetTooSmallError, NonFiniteScoreError
 
 OnSmallBudget = Literal["clamp", "raise"]
+logger = logging.getLogger("vlmeff")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def check_total(
 ) -> int:
     """T = round(keep_ratio * entries), half to even; ``floor`` where T is less than that and may be raised.
 
-    ``say``: warn when it is raised.
+    ``say``: warn when it is raised. The warning has no figures of the prompt, so that Python shows it once and not for
+    every short prompt; they are logged.
     """
     total = round(keep_ratio * entries)
     if total >= floor:
@@ -114,7 +117,13 @@ def check_total(
     if on_small_budget == "raise":
         raise BudgetTooSmallError(f'{what}. Raise keep_ratio, lower sink or recent, or pass on_small_budget="clamp".')
     if say:
-        warnings.warn(f"{what}; {floor} are kept.", stacklevel=4)
+        logger.info("%s; %d are kept", what, floor)
+        warnings.warn(
+            f"kvcache: a prompt is too short for keep_ratio={keep_ratio}: what always stays (sink and recent, and one "
+            "token more in each layer) is more than that share, and is what was kept. It costs memory, not quality; to "
+            "keep less of short prompts lower sink or recent.",
+            stacklevel=4,
+        )
     return floor
 
 
@@ -200,9 +209,11 @@ def uniform_budget(policy: str, *, keep_ratio: float, n: int, floor: int, say: b
     """
     k, floor = round(keep_ratio * n), min(n, floor)
     if k < floor and say:
+        logger.info("%s: keep_ratio=%s of %d tokens is %d, less than the %d that stay", policy, keep_ratio, n, k, floor)
         warnings.warn(
-            f"{policy}: keep_ratio={keep_ratio} of {n} tokens is {k}, less than the {floor} that have to stay; "
-            f"{floor} are kept.",
+            f"{policy}: a prompt is too short for keep_ratio={keep_ratio}: what always stays (sink and recent) is more "
+            "than that share, and is what was kept. It costs memory, not quality; to keep less of short prompts lower "
+            "sink or recent.",
             stacklevel=3,
         )
     return min(n, max(1, floor, k))

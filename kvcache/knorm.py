@@ -12,6 +12,10 @@ from kvcache.checks import check_flag, check_ints, check_keep_ratio
 from kvcache.choose import ends_mask, text_mask, top_slots
 from kvcache.policy import LayerStats, Scope, ScoreSpec, Selection, policies
 
+# Norms that differ by a thousandth are taken for equal: rounding in bfloat16 moves a norm by a few parts in ten
+# thousand, in float32 by less than one in a million.
+TOLERANCE = 1e-3
+
 
 @policies.register("knorm")
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,11 @@ class KNorm:
     """Keep the tokens whose keys have the smallest norm, each key/value head its own.
 
     The question has no part in it, so the cache serves other questions as well.
+
+    Norms within a thousandth of the largest one kept count as equal to it, and the later token wins, so that rounding
+    does not decide: models that normalise their keys (Qwen3, Gemma 3) have norms which differ by their learned weights
+    alone, and where those are all the same (a model that was never trained) KNorm keeps the last tokens. What it keeps
+    of such models says little: another policy is the better choice there.
 
     Args:
         keep_ratio: share of the prompt's entries that stays, in (0, 1]; k = round(keep_ratio * n), in every layer.
@@ -52,4 +61,5 @@ class KNorm:
     def select(self, stats: LayerStats, k: int) -> Tensor:
         assert stats.key_norms is not None
         protected = ends_mask(stats.n, sink=self.sink, recent=self.recent, device=stats.key_norms.device)
-        return top_slots(-stats.key_norms, k, protected=protected, first=text_mask("KNorm", stats, self.text_first))
+        first = text_mask("KNorm", stats, self.text_first)
+        return top_slots(-stats.key_norms, k, protected=protected, first=first, tolerance=TOLERANCE)

@@ -7,6 +7,7 @@ of its best tokens as it takes to reach the share p of its attention, and the bu
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
@@ -34,6 +35,7 @@ class PrefixKV:
         keep_ratio: share of the prompt's entries that stays, averaged over the layers, in (0, 1].
         recipe: a ``Recipe``, or the path of a recipe file: budgets of each layer known beforehand, so that each is
             compacted right after its own attention. None: found for each prompt, after its last layer.
+            Its budgets hold for what it was calibrated with: another metric, window, sink or recent warns.
         sink, recent: first and last tokens of the prompt that always stay, on top of the threshold's. None: the
             recipe's, else 4 and 8; the paper's evaluation has 1 and 1.
         metric: what a token's importance is. "full", the paper's: the attention it receives from all queries of the
@@ -93,6 +95,27 @@ class PrefixKV:
             check_ints("PrefixKV", 1, decode_window=self.decode_window)
         elif self.decode == "window":
             raise ConfigError('PrefixKV: decode="window" needs decode_window, the generated tokens to keep.')
+        self._warn_of_another_calibration()
+
+    def _warn_of_another_calibration(self) -> None:
+        """The recipe's shares are those of the scores and the protected tokens that it was measured with."""
+        recipe = self.recipe
+        if not isinstance(recipe, Recipe):
+            return
+        names = ["metric", "sink", "recent"]
+        theirs = {name: getattr(recipe, name) for name in names}
+        if self.metric == recipe.metric == "window":
+            names.append("window")
+            theirs["window"] = recipe.metric_args.get("window", WINDOW)
+        other = [name for name in names if getattr(self, name) != theirs[name]]
+        if other:
+            was = ", ".join(f"{name}={theirs[name]!r}" for name in other)
+            now = ", ".join(f"{name}={getattr(self, name)!r}" for name in other)
+            warnings.warn(
+                f"PrefixKV: the recipe was calibrated with {was}, and is used with {now}: calibrate it as it is used, "
+                f"or build PrefixKV(recipe=...) without {', '.join(other)} (a preset sets its own).",
+                stacklevel=4,  # past __post_init__ and __init__, to who builds it
+            )
 
     @property
     def needs(self) -> ScoreSpec:

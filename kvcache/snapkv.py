@@ -76,7 +76,7 @@ def is_short(policy: str, stats: LayerStats, window: int) -> bool:
     short = stats.n <= window
     if short and stats.layer == 0:
         warnings.warn(
-            f"{policy}: a prompt of {stats.n} tokens is not longer than window={window} and is kept whole.",
+            f"{policy}: a prompt that is not longer than window={window} is kept whole.",
             stacklevel=3,
         )
     return short

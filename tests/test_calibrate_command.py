@@ -1,4 +1,4 @@
-"""``vlmeff calibrate hiprune``, end to end on the shipped model."""
+"""``vlmeff calibrate``, end to end on the shipped model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from kvcache import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,3 +37,42 @@ def test_calibrate_hiprune_prints_the_curve_and_writes_it(tmp_path: Path) -> Non
     assert f"vlmeff.HiPrune(object_layer={written['object_layer']})" in done.stdout
     assert "measuring tiny-llava" in done.stderr
     assert Image.open(tmp_path / "curve.png").size == (720, 360)
+
+
+def calibrate_prefixkv(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    out = ["--out", str(folder / "recipe.json"), "--limit", "2"]
+    return subprocess.run(
+        [sys.executable, "-m", "vlmeff.cli", "calibrate", "prefixkv", *out, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_calibrate_prefixkv_takes_images_a_metric_and_its_window(tmp_path: Path) -> None:
+    done = calibrate_prefixkv(
+        tmp_path, "--images", "scenes", "--budgets", "0.5", "--metric", "window", "--window", "16"
+    )
+    assert done.returncode == 0, done.stderr
+    recipe = read_recipe(tmp_path / "recipe.json")
+    assert (recipe.metric, recipe.metric_args, list(recipe.keep_ratios)) == ("window", {"window": 16}, [0.5])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budgets", "0.5,0.02"], ["--budgets", "0.02 of a prompt", "--sink", "--recent"]),
+        (["--metric", "sum"], ["--metric sum", "mean"]),
+        (["--window", "16"], ["--window 16", "--metric window"]),
+    ],
+)
+def test_what_calibrate_prefixkv_refuses_names_its_options(
+    tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    done = calibrate_prefixkv(tmp_path, "--samples", "scenes", *options)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert all(word in said for word in words), done.stderr
+    assert not any(name in said for name in ("keep_ratio", "on_small_budget", "policy=")), done.stderr
+    assert not (tmp_path / "recipe.json").exists()

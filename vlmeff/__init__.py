@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kvcache import H2O, TOVA, KNorm, PrefixKV, PyramidKV, RandomKV, SnapKV, StreamingLLM, VLCache
+    from kvcache import (
+        H2O,
+        TOVA,
+        KNorm,
+        PrefixKV,
+        PyramidKV,
+        RandomKV,
+        Recipe,
+        SnapKV,
+        StreamingLLM,
+        VLCache,
+        convert_official,
+        read_recipe,
+    )
     from kvcache.cache import RetainedCache
     from tokenpruning import (
         AdaptInfer,
@@ -34,6 +47,7 @@ if TYPE_CHECKING:
     from vlmeff.planning import Forecast, plan
     from vlmeff.reporting import Report, report
     from vlmeff.shared import ManyAnswers, ask_many
+    from vlmeff.vlm.calibrate_kv import calibrate_prefixkv
     from vlmeff.vlm.clips import select_clips
     from vlmeff.vlm.relevance import EmbeddingText, OpenClipText, TowerText
     from vlmeff.wrapping import is_wrapped, presets, unwrap, wrap
@@ -57,6 +71,7 @@ _HOMES = {
     "PyramidKV": "kvcache",
     "Random": "tokenpruning",
     "RandomKV": "kvcache",
+    "Recipe": "kvcache",
     "Report": "vlmeff.reporting",
     "RetainedCache": "kvcache.cache",
     "Schedule": "tokenpruning",
@@ -70,11 +85,14 @@ _HOMES = {
     "VisionZip": "tokenpruning",
     "VlmeffError": "vlmeff.errors",
     "ask_many": "vlmeff.shared",
+    "calibrate_prefixkv": "vlmeff.vlm.calibrate_kv",
+    "convert_official": "kvcache",
     "is_wrapped": "vlmeff.wrapping",
     "load": "vlmeff.loading",
     "overlays": "vlmeff.drawing",
     "plan": "vlmeff.planning",
     "presets": "vlmeff.wrapping",
+    "read_recipe": "kvcache",
     "report": "vlmeff.reporting",
     "select_clips": "vlmeff.vlm.clips",
     "unwrap": "vlmeff.wrapping",
@@ -101,6 +119,7 @@ __all__ = [
     "PyramidKV",
     "Random",
     "RandomKV",
+    "Recipe",
     "Report",
     "RetainedCache",
     "Schedule",
@@ -114,11 +133,14 @@ __all__ = [
     "VlmeffError",
     "__version__",
     "ask_many",
+    "calibrate_prefixkv",
+    "convert_official",
     "is_wrapped",
     "load",
     "overlays",
     "plan",
     "presets",
+    "read_recipe",
     "report",
     "select_clips",
     "unwrap",

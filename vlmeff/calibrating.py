@@ -6,11 +6,11 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vlmeff import zoo
 from vlmeff.asking import prepare
-from vlmeff.errors import ConfigError, DataError
+from vlmeff.errors import BudgetTooSmallError, ConfigError, DataError
 from vlmeff.pictures import open_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -144,6 +144,8 @@ def calibrate_recipe(
     budgets: str | None,
     sink: int | None,
     recent: int | None,
+    metric: str | None,
+    window: int | None,
     tokens: str | None,
     keep: float | None,
     resume: bool,
@@ -153,13 +155,14 @@ def calibrate_recipe(
 ) -> Any:
     """Load a model, measure it on samples and write a PrefixKV recipe file; returns the recipe.
 
-    ``budgets``: shares, separated by commas. ``tokens``, ``keep``: the token method that shortens the prompts first,
-    and its budget. What is known of each sample is kept beside ``out`` until that is written; ``resume`` goes on from
-    there.
+    ``budgets``: shares, separated by commas. ``metric``: of PrefixKV; ``window`` goes with "window" only. ``tokens``,
+    ``keep``: the token method that shortens the prompts first, and its budget. What is known of each sample is kept
+    beside ``out`` until that is written; ``resume`` goes on from there.
     """
     from kvcache import PrefixKV, write_recipe
+    from kvcache.recipe import Metric
     from vlmeff.config import make_method
-    from vlmeff.vlm.calibrate_kv import BUDGETS, calibrate_prefixkv, check_budgets
+    from vlmeff.vlm.calibrate_kv import BUDGETS, PromptTooShortError, calibrate_prefixkv, check_budgets
     from vlmeff.wrapping import wrap
 
     if keep is not None and tokens is None:
@@ -169,16 +172,26 @@ def calibrate_recipe(
         wanted = check_budgets(BUDGETS if budgets is None else [float(text) for text in budgets.split(",")])
     except ValueError as error:  # also a ConfigError
         raise ConfigError(f"--budgets {budgets!r} must be shares in (0, 1) separated by commas, as 0.2,0.5.") from error
-    policy = PrefixKV(sink=sink, recent=recent)  # type: ignore[arg-type]  # None is the default
+    if metric is not None and metric not in get_args(Metric):
+        raise ConfigError(f"--metric {metric} must be {', '.join(get_args(Metric))}.")
+    if window is not None and metric != "window":
+        raise ConfigError(f"--window {window} belongs to --metric window; add that, or leave --window out.")
+    policy = PrefixKV(sink=sink, recent=recent, metric=metric, window=window)  # type: ignore[arg-type]  # None: default
     partial = partial_file(out)
     if not resume:
         partial.unlink(missing_ok=True)
     model, samples, about = _loaded(name, source, question=question, limit=limit, device=device, dtype=dtype)
     if tokens is not None:
         wrap(model, None, tokens=make_method(tokens, {} if keep is None else {"keep": keep}))
-    recipe = calibrate_prefixkv(
-        model, samples, budgets=wanted, policy=policy, partial=partial, about=about, progress=progress
-    )
+    try:
+        recipe = calibrate_prefixkv(
+            model, samples, budgets=wanted, policy=policy, partial=partial, about=about, progress=progress
+        )
+    except PromptTooShortError as error:
+        raise BudgetTooSmallError(
+            f"--budgets: {error.what}. Leave {error.budget:g} out of --budgets, lower --sink or --recent, or take "
+            "--samples with longer prompts."
+        ) from error
     write_recipe(out, recipe)
     partial.unlink()
     return recipe

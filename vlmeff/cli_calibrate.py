@@ -14,7 +14,12 @@ out = Console()
 err = Console(stderr=True)
 
 Samples = Annotated[
-    str, typer.Option(help="A folder of pictures, a .jsonl file of image and question, or scenes (generated).")
+    str,
+    typer.Option(
+        "--samples",
+        "--images",
+        help="A folder of pictures, a .jsonl file of image and question, or scenes (generated).",
+    ),
 ]
 Question = Annotated[str, typer.Option(help="What is asked about the pictures of a folder.")]
 
@@ -121,6 +126,12 @@ def calibrate_prefixkv(
     ] = None,
     sink: Annotated[int | None, typer.Option(min=0, help="First tokens that always stay; 4 when left out.")] = None,
     recent: Annotated[int | None, typer.Option(min=0, help="Last tokens that always stay; 8 when left out.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What importance is: full, mean or window; full, the paper's, when left out.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Last queries that --metric window looks at; 32 when left out.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="Token method that the recipe is to be used with.")] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the visual tokens that it keeps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was.")] = False,
@@ -143,6 +154,8 @@ def calibrate_prefixkv(
             budgets=budgets,
             sink=sink,
             recent=recent,
+            metric=metric,
+            window=window,
             tokens=tokens,
             keep=keep,
             resume=resume,

@@ -68,7 +68,7 @@ def make_plan(
     preset: str | None,
     *,
     tokens: TokensArgument | None,
-    kv: RetentionPolicy | str | Literal[False] | None = None,
+    kv: RetentionPolicy | str | Mapping[str, Any] | Literal[False] | None = None,
     unavailable: dict[str, object],
     overrides: dict[str, Any],
 ) -> tuple[Plan, Family | None]:
@@ -210,7 +210,7 @@ def check_methods(
     steps: Sequence[zoo.Step],
     tokens: TokensArgument | None,
     overrides: dict[str, Any],
-    kv: RetentionPolicy | str | Literal[False] | None = None,
+    kv: RetentionPolicy | str | Mapping[str, Any] | Literal[False] | None = None,
 ) -> None:
     """Raise what ``make_plan`` would raise of the methods alone, before a model is loaded."""
     chosen, policy = _of_steps(steps)

@@ -29,7 +29,8 @@ class Report:
     ``kv_bytes_full``, what the same cache would hold for the unshortened prompt. ``skipped``: the request has fewer
     visual tokens than the preset's ``min_visual_tokens``, so nothing was reduced. ``visual_tokens_processed``: where
     tokens are dropped between layers, how many were processed, averaged over the layers (``inner`` says which stayed);
-    ``retention`` says what each layer of the cache kept of the prompt;
+    ``retention`` says what each layer of the cache kept of the prompt that came to it, ``kv_storage`` how that is
+    stored (None: as the model computes); ``kv_bytes`` of ``kv_bytes_full`` is the effect of all of it together;
     ``visual_tokens_label`` counts a layer behind which tokens are dropped as if it had lost them already, as the labels
     of AdaptInfer's paper do.
     """
@@ -44,6 +45,7 @@ class Report:
     new_tokens: int | None = None
     kv_bytes: int | None = None
     kv_bytes_full: int | None = None
+    kv_storage: str | None = None
     prefill_gflops_before: float | None = None
     prefill_gflops_after: float | None = None
     encode_ms: float | None = None
@@ -57,8 +59,24 @@ class Report:
     plan: PrunePlan | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values (without ``plan``, ``inner`` and ``retention``)."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "inner", "retention")}
+        """The figures as plain JSON values (without ``plan`` and ``inner``).
+
+        "retention": None, or ``keep_ratio``, the ``layers`` retained, ``kept`` and ``prompt_tokens`` of each (a list
+        with one number per row), ``bytes``, ``full_bytes``, ``storage``.
+        """
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "inner", "retention")}
+        return out | {"retention": None if self.retention is None else self._retention(self.retention)}
+
+    def _retention(self, retention: RetentionReport) -> dict[str, Any]:
+        return {
+            "keep_ratio": retention.keep_ratio,
+            "layers": [layer.layer for layer in retention.layers],
+            "kept": [list(layer.kept) for layer in retention.layers],
+            "prompt_tokens": [list(layer.prompt_tokens) for layer in retention.layers],
+            "bytes": retention.bytes,
+            "full_bytes": retention.full_bytes,
+            "storage": self.kv_storage,
+        }
 
     def rows_of_text(self) -> list[tuple[str, str, str]]:
         """(what, value, how it was got), for tables."""
@@ -81,10 +99,18 @@ class Report:
         ]
         if self.new_tokens is not None:
             out.append(("new tokens", str(self.new_tokens), "measured"))
+        if self.retention is not None and self.retention.keep_ratio is not None:
+            out.append(("KV entries of the prompt kept", shares_kept(self.retention), "measured"))
+        if self.kv_storage is not None:
+            out.append(("KV storage", self.kv_storage, ""))
         if self.kv_bytes is not None:
             out.append(("KV cache", format_bytes(self.kv_bytes), "measured"))
         if self.kv_bytes_full is not None and self.kv_bytes_full != self.kv_bytes:
-            out.append(("KV cache, unshortened prompt", format_bytes(self.kv_bytes_full), "reference"))
+            full = format_bytes(self.kv_bytes_full)
+            if self.kv_bytes is not None and self.kv_bytes_full:
+                full += f", of which {self.kv_bytes / self.kv_bytes_full:.1%} is held"
+            # Nothing dropped, nothing evicted, nothing quantized: the combined effect.
+            out.append(("KV cache, unshortened prompt", full, "reference"))
         if self.prefill_gflops_before is not None and self.prefill_gflops_after is not None:
             flops = pair(f"{self.prefill_gflops_before:.3g}", f"{self.prefill_gflops_after:.3g}")
             out.append(("LLM prefill GFLOP", flops, "counted"))
@@ -97,6 +123,13 @@ class Report:
         rows = self.rows_of_text()
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}  {f'({how})' if how else ''}".rstrip() for name, value, how in rows)
+
+
+def shares_kept(retention: RetentionReport) -> str:
+    """The share of the prompt's entries that stayed, and the least and the most that a layer kept (of all rows)."""
+    shares = [sum(layer.kept) / max(1, sum(layer.prompt_tokens)) for layer in retention.layers]
+    layers = f"{min(shares):.1%} to {max(shares):.1%}"
+    return f"{retention.keep_ratio:.1%}, {layers} in a layer"
 
 
 def format_bytes(n: int) -> str:
@@ -146,6 +179,7 @@ class Meter:
         self.steps = 0  # passes that gave logits for a new token
         self.kv_bytes: int | None = None
         self.kv_bytes_full: int | None = None
+        self.kv_storage: str | None = None
         self.cache: Any = None
         self.cache_length = 0
 
@@ -166,12 +200,14 @@ class Meter:
         self.clock.mark("end")
         if self.cache is not None:
             self.kv_bytes, self.kv_bytes_full = cache_bytes(self.cache), full_cache_bytes(self.cache)
+            self.kv_storage = getattr(self.cache, "storage", None)  # of a RetainedCache
             self.cache_length = int(self.cache.get_seq_length())
         self.cache = None  # a report must not keep the cache alive
 
     def figures(self) -> dict[str, Any]:
         return {
             "kv_bytes": self.kv_bytes,
+            "kv_storage": self.kv_storage,
             "encode_ms": self.clock.between("start", "encoded"),
             "prefill_ms": self.clock.between("start", "prefill"),
             "total_ms": self.clock.between("start", "end"),

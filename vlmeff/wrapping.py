@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -20,7 +21,7 @@ def wrap(
     preset: str | None = "fast",
     *,
     tokens: TokensArgument | None = None,
-    kv: RetentionPolicy | str | Literal[False] | None = None,
+    kv: RetentionPolicy | str | Mapping[str, Any] | Literal[False] | None = None,
     text_speculation: object = None,
     quant: object = None,
     draft: object = None,
@@ -37,9 +38,10 @@ def wrap(
         preset: a name from ``model_zoo.yaml``; None applies only what is named.
         tokens: a token reduction method (``vlmeff.HiPrune(keep=0.5)``) or its name; replaces the preset's. A list
             joins one method before the language model with one inside it (``vlmeff.AdaptInfer``).
-        kv: a KV retention policy (``vlmeff.PrefixKV(keep_ratio=0.3)``) or its name; replaces the preset's. Any language
-            model with full-attention layers will do, pictures or not. A preset's retention is left out of calls that it
-            cannot take part in (static caches, torch.compile, training); ``kv=False`` leaves it out of all.
+        kv: a KV retention policy (``vlmeff.PrefixKV(keep_ratio=0.3)``), its name, or {"policy": name, ...} with its
+            arguments; replaces the preset's. Language models with full-attention layers will do, pictures or not. A
+            preset's retention is left out of calls that it cannot take part in (static caches, torch.compile,
+            training); ``kv=False`` leaves it out of all.
         text_speculation, quant, draft: must be None in this version.
         **overrides: fields of the token method or the policy, for example ``keep=0.5``; and
             ``newline`` ("drop", "keep", "rows"): which separators of tiled pictures stay;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import random
 import warnings
@@ -10,7 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retaining import retained_generate, row_of
+from tiny_common import decoder, ready
+from tiny_llama import llama_inputs, tiny_llama
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import vlmeff
 from kvcache import H2O, TOVA, KNorm, LayerStats, PyramidKV, RandomKV, SnapKV, StreamingLLM, VLCache, policies
 from kvcache.policy import RetentionPolicy
 from vlmeff.errors import ConfigError, UnknownNameError
@@ -152,12 +159,31 @@ def test_only_what_never_saw_the_question_says_so():
     assert blind == {"streaming_llm", "knorm", "random"}
 
 
-def test_a_budget_raised_to_the_protected_tokens_warns_once_per_prompt():
+def test_a_budget_raised_to_the_protected_tokens_warns_once_whatever_the_prompts(caplog):
+    caplog.set_level(logging.INFO, "vlmeff")
     for name, arguments in PROTECTED.items():
         policy = make(name, keep_ratio=0.02, **arguments)
-        with pytest.warns(UserWarning, match="keep_ratio=0.02") as caught:
-            budgets_of(policy, [measured(policy, 40, 0, layer, 3) for layer in range(3)])
-        assert len(caught) == 1, name
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.resetwarnings()
+            warnings.simplefilter("default")  # what Python does with no filter: once for each text and place
+            for n in (40, 41, 60):
+                budgets_of(policy, [measured(policy, n, 0, layer, 3) for layer in range(3)])
+        assert ["keep_ratio=0.02" in str(warning.message) for warning in caught] == [True], name
+    for n in (40, 41, 60):  # the figures are in the log
+        assert f"of {3 * n} entries is {round(0.06 * n)}, less than the 18 that have to stay" in caplog.text
+        assert f"KNorm: keep_ratio=0.02 of {n} tokens is 1, less than the 5" in caplog.text
+
+
+def test_text_first_changes_nothing_of_a_text_prompt_and_refuses_what_has_no_ids():
+    model, inputs = tiny_llama(), llama_inputs([30, 19])
+    out = []
+    for text_first in (False, True):
+        vlmeff.wrap(model, None, kv=H2O(keep_ratio=0.4, text_first=text_first))
+        out.append(model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True, output_logits=True))
+    assert all(torch.equal(a, b) for a, b in zip(out[0].logits, out[1].logits, strict=True))
+    embedded = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ConfigError, match="pass input_ids"):
+        model.generate(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], max_new_tokens=3)
 
 
 @pytest.mark.parametrize("k", [5, 8, 20])
@@ -286,6 +312,47 @@ def test_knorm_keeps_the_smallest_keys():
     stats = measured(policy, 20, seed=3)
     for head, row in enumerate(policy.select(stats, 9).tolist()):
         assert row == best([-x for x in stats.key_norms[head].tolist()], 9, {0, 1, 19})
+
+
+def test_knorm_takes_the_later_of_keys_that_differ_by_rounding_alone():
+    g = torch.Generator().manual_seed(0)
+    for scale, noise in ((4.0, 1e-6), (0.37, 1e-6), (4.0, 2e-4)):  # float32's and bfloat16's
+        norms = scale * (1 + noise * torch.randn(KV_HEADS, 30, generator=g))
+        norms[:, 5] = scale / 2  # really shorter
+        norms[:, 29] = 2 * scale
+        stats = LayerStats(layer=0, layers=1, n=30, kv_heads=KV_HEADS, key_norms=norms)
+        assert KNorm(sink=1).select(stats, 9).tolist() == [[0, 5, *range(22, 29)]] * KV_HEADS
+        stats = dataclasses.replace(stats, vision=torch.arange(30) >= 20)  # the tie is decided among text
+        assert KNorm(text_first=True).select(stats, 4).tolist() == [[5, 17, 18, 19]] * KV_HEADS
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 40), data=st.data(), spread=st.sampled_from([1e-4, 2e-3, 0.3]))
+def test_knorm_never_passes_over_a_key_that_is_shorter_by_more_than_its_tolerance(seed, n, data, spread):
+    k = data.draw(st.integers(1, n - 1))
+    norms = 3 + spread * torch.randn(1, n, generator=torch.Generator().manual_seed(seed)).double()
+    stats = LayerStats(layer=0, layers=1, n=n, kv_heads=1, key_norms=norms)
+    kept, norm = set(KNorm().select(stats, k)[0].tolist()), norms[0].tolist()
+    edge = sorted(norm)[k - 1]
+    for slot in set(range(n)) - kept:
+        assert norm[slot] >= max(norm[i] for i in kept) * (1 - 2e-3) - 1e-12
+        # An earlier token stays before a later one only if it is really shorter.
+        assert norm[slot] > edge * (1 + 1e-3) or all(norm[i] < edge * (1 - 1e-3) for i in kept if i < slot)
+
+
+@pytest.mark.parametrize("lengths", [(31, 17), (40, 23)])
+@torch.no_grad()
+def test_a_row_of_a_model_that_normalises_its_keys_keeps_what_it_keeps_alone(lengths):
+    """All key norms of a fresh Qwen3 are equal but for rounding, which differs between a row and a batch."""
+    torch.manual_seed(0)
+    model = ready(Qwen3ForCausalLM(Qwen3Config(**decoder(head_dim=8))), torch.float32, "sdpa")
+    inputs = llama_inputs(list(lengths))
+    _, cache = retained_generate(model, KNorm(), inputs, max_new_tokens=1)
+    for row, n in enumerate(lengths):
+        _, own = retained_generate(model, KNorm(), row_of(inputs, row), max_new_tokens=1)
+        k, pads = round(0.5 * n), max(lengths) - n
+        for layer, single in zip(cache.layers, own.layers, strict=True):
+            assert torch.equal(layer.kept_slots[row][:, -k:], single.kept_slots[0] + pads)
 
 
 def test_random_places_depend_on_the_seed_the_layer_and_the_length_alone():

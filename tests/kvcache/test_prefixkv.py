@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_llama import llama_inputs, tiny_llama
 
+import vlmeff
 from kvcache import LayerStats, PrefixKV, Recipe, recipe_budgets, solve_budgets, write_recipe
-from vlmeff.errors import BudgetTooSmallError, ConfigError, RecipeMismatchError
+from vlmeff.errors import BudgetTooSmallError, ConfigError, RecipeMismatchError, UnknownNameError
 
 RECIPE = Recipe(keep_ratios={0.3: (0.6, 0.2, 0.1), 0.6: (0.9, 0.5, 0.4)}, sink=2, recent=3)
 
@@ -98,8 +101,31 @@ def test_sink_recent_and_metric_are_the_recipes_unless_they_are_given():
     recipe = dataclasses.replace(RECIPE, metric="window", metric_args={"window": 16})
     taken = PrefixKV(recipe=recipe)
     assert (taken.sink, taken.recent, taken.metric, taken.window) == (2, 3, "window", 16)
-    given_ = PrefixKV(recipe=recipe, sink=0, recent=9, metric="full", window=5)
+    with pytest.warns(UserWarning, match="calibrated with"):
+        given_ = PrefixKV(recipe=recipe, sink=0, recent=9, metric="full", window=5)
     assert (given_.sink, given_.recent, given_.metric, given_.window) == (0, 9, "full", 5)
+
+
+def test_a_recipe_used_with_other_settings_than_it_was_calibrated_with_says_both():
+    windowed = dataclasses.replace(RECIPE, metric="window", metric_args={"window": 16})
+
+    def said(build):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            build()
+        return [str(warning.message) for warning in caught]
+
+    assert said(lambda: PrefixKV(recipe=RECIPE)) == []
+    assert said(lambda: PrefixKV(recipe=RECIPE, sink=2, recent=3, metric="full", window=5)) == []  # no window is used
+    assert said(lambda: PrefixKV(recipe=windowed, window=16)) == []
+    (text,) = said(lambda: PrefixKV(recipe=RECIPE, metric="mean", recent=8))
+    assert "calibrated with metric='full', recent=3, and is used with metric='mean', recent=8" in text
+    (text,) = said(lambda: PrefixKV(recipe=windowed, window=32))
+    assert "calibrated with window=16, and is used with window=32" in text
+    preset = PrefixKV(keep_ratio=0.4, metric="mean", sink=2, recent=3)
+    (text,) = said(lambda: dataclasses.replace(preset, recipe=RECIPE))  # as ``wrap`` puts an override into a preset
+    assert "metric='mean'" in text
+    assert said(lambda: dataclasses.replace(PrefixKV(recipe=RECIPE), keep_ratio=0.3)) == []
 
 
 def test_a_recipe_of_another_number_of_layers_is_refused():
@@ -109,6 +135,8 @@ def test_a_recipe_of_another_number_of_layers_is_refused():
 
 @pytest.mark.parametrize("recipe", [None, RECIPE])
 def test_a_budget_below_the_floors_warns_once_per_prompt_or_is_refused(recipe):
+    if recipe is not None:
+        recipe = dataclasses.replace(recipe, sink=4, recent=4)
     arguments = {"keep_ratio": 0.05, "recipe": recipe, "sink": 4, "recent": 4}
     stats = random_layers(30)
     calls = [stats] if recipe is None else [[layer] for layer in stats]
@@ -141,3 +169,31 @@ def test_a_decode_window_has_to_be_given():
     with pytest.raises(ConfigError, match="decode_window"):
         PrefixKV(decode="window")
     assert PrefixKV(decode="window", decode_window=5).decode_window == 5
+
+
+@pytest.mark.filterwarnings("ignore:vlmeff. preset:UserWarning")
+def test_wrap_takes_a_policy_as_a_mapping():
+    model = tiny_llama()
+    given_ = {"policy": "snapkv", "keep_ratio": 0.3, "window": 8}
+    vlmeff.wrap(model, None, kv=given_)
+    model.generate(**llama_inputs([60]), max_new_tokens=2)
+    report = vlmeff.report(model)
+    assert report.method == "snapkv"
+    assert report.retention.layers[0].kept == (18,)
+    assert set(given_) == {"policy", "keep_ratio", "window"}
+    vlmeff.wrap(model, "fast", kv={"policy": "streaming_llm", "sink": 2})  # at the preset's ratio
+    model.generate(**llama_inputs([60]), max_new_tokens=2)
+    assert vlmeff.report(model).retention.layers[0].kept == (42,)
+    with pytest.raises(UnknownNameError, match="keep_ratio, kernel, pool, text_first, window"):
+        vlmeff.wrap(model, None, kv={"policy": "snapkv", "ratio": 0.3})
+    for unnamed in ({"keep_ratio": 0.3}, {"policy": 3}):
+        with pytest.raises(ConfigError, match=r"must name its policy.*streaming_llm"):
+            vlmeff.wrap(model, None, kv=unnamed)
+
+
+@pytest.mark.filterwarnings("ignore:vlmeff. preset:UserWarning")
+def test_a_preset_given_a_recipe_of_another_metric_says_so():
+    recipe = Recipe(keep_ratios={0.5: (0.8, 0.5, 0.4, 0.3)}, sink=4, recent=8)
+    with pytest.warns(UserWarning, match="calibrated with metric='full', and is used with metric='mean'") as caught:
+        vlmeff.wrap(tiny_llama(), "fast", recipe=recipe)
+    assert sum("calibrated with metric" in str(warning.message) for warning in caught) == 1

@@ -171,8 +171,10 @@ def test_what_cannot_be_calibrated_is_refused_and_hooks_are_removed():
         calibrate_prefixkv(model, [])
     with pytest.raises(DataError, match="input_ids"):
         calibrate_prefixkv(model, [{}])
-    with pytest.raises(BudgetTooSmallError):
-        calibrate_prefixkv(model, [good], budgets=[0.05])
+    with pytest.raises(
+        BudgetTooSmallError, match=r"^budgets: 0\.05 of a prompt of 40 tokens is 2\.0 entries in each of 4"
+    ):
+        calibrate_prefixkv(model, [good], budgets=[0.5, 0.05])
     for budgets in ([], [0.0], [1.0], [float("nan")], ["0.5"], [True]):
         with pytest.raises(ConfigError, match="budgets"):
             calibrate_prefixkv(model, [good], budgets=budgets)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tiny_llama import llama_inputs, tiny_llama
 from tiny_models import IMAGE, MODELS, prompts, tiny
 
 import vlmeff
@@ -91,3 +92,49 @@ def test_a_report_is_text_and_json(name):
     assert json.loads(json.dumps(report.to_dict()))["visual_tokens_after"] == report.visual_tokens_after
     assert f"{report.visual_tokens_before} -> {report.visual_tokens_after}" in str(report)
     assert all(how in str(report) for how in ("(measured)", "(counted)", "(reference)"))
+
+
+@torch.no_grad()
+def test_retention_is_in_the_text_and_the_json_with_what_all_of_it_saves():
+    model = vlmeff.wrap(
+        tiny("llava"),
+        None,
+        tokens=vlmeff.HiPrune(keep=0.5),
+        kv=vlmeff.PrefixKV(keep_ratio=0.4, sink=1, recent=2),
+        kv_storage="int8",
+    )
+    inputs = prompts(model, [1, 2])
+    out = model.generate(**inputs, max_new_tokens=5, return_dict_in_generate=True)
+    cache, report = out.past_key_values, vlmeff.report(model)
+    slots = [layer.kept_slots for layer in cache.layers]
+    kept = [(rows >= 0).sum(1).tolist() for rows in slots]
+    found = json.loads(json.dumps(report.to_dict()))
+    assert found["kv_storage"] == "int8"
+    retention = found["retention"]
+    assert retention["layers"] == [0, 1, 2]
+    assert retention["kept"] == kept
+    assert [sum(rows) for rows in retention["prompt_tokens"]] == [report.prompt_tokens_after] * 3
+    assert retention["keep_ratio"] == pytest.approx(sum(map(sum, kept)) / (3 * report.prompt_tokens_after))
+    assert (retention["bytes"], retention["full_bytes"]) == (cache.nbytes(), cache.full_nbytes())
+    assert retention["storage"] == "int8"
+    assert len({sum(rows) for rows in kept}) > 1
+    shares = sorted(sum(rows) / report.prompt_tokens_after for rows in kept)
+    lines = {line.split("  ")[0]: line for line in str(report).splitlines()}
+    line = lines["KV entries of the prompt kept"]
+    assert f"{retention['keep_ratio']:.1%}, {shares[0]:.1%} to {shares[-1]:.1%} in a layer" in line
+    assert "int8" in lines["KV storage"]
+    plain = tiny("llava").generate(**inputs, max_new_tokens=5, return_dict_in_generate=True).past_key_values
+    assert f"of which {cache.nbytes() / bytes_of(plain):.1%} is held" in lines["KV cache, unshortened prompt"]
+
+
+@torch.no_grad()
+def test_without_retention_nothing_is_said_of_it():
+    model = vlmeff.wrap(tiny_llama(), None, kv="streaming_llm")
+    inputs = llama_inputs([30])
+    model.generate(**inputs, max_new_tokens=3)
+    assert "KV storage" not in str(vlmeff.report(model))
+    assert vlmeff.report(model).to_dict()["retention"]["storage"] is None
+    vlmeff.wrap(model, None)
+    model.generate(**inputs, max_new_tokens=3)
+    assert "entries" not in str(vlmeff.report(model))
+    assert vlmeff.report(model).to_dict()["retention"] is None

@@ -27,7 +27,7 @@ from kvcache.policy import LayerStats, Scope, ScoreSpec, Selection
 from kvcache.recipe_averaging import UNSTABLE_ABOVE, half_difference, mean_shares, renormalise, std_shares
 from kvcache.request import retained_call
 from vlmeff.config import described as described_methods
-from vlmeff.errors import ConfigError, DataError, IncompatibleError
+from vlmeff.errors import BudgetTooSmallError, ConfigError, DataError, IncompatibleError
 from vlmeff.vlm.cost import head_dim, kv_heads
 from vlmeff.vlm.retention import check_retention, decoder_of, names_of
 from vlmeff.vlm.wrapped import STATE
@@ -43,6 +43,23 @@ class PromptBudgets:
 
     n: int
     kept: list[list[int]]
+
+
+class PromptTooShortError(BudgetTooSmallError):
+    """A prompt whose ``budget`` does not hold what always stays; ``what`` says so, without a remedy."""
+
+    def __init__(self, budget: float, prompt_tokens: int, layers: int, policy: PrefixKV) -> None:
+        self.budget = budget
+        protected = policy.sink + policy.recent
+        self.what = (
+            f"{budget:g} of a prompt of {prompt_tokens} tokens is {budget * prompt_tokens:.1f} entries in each of "
+            f"{layers} layers, less than the {min(prompt_tokens, protected + 1)} that always stay (sink {policy.sink}, "
+            f"recent {policy.recent}, and one more)"
+        )
+        super().__init__(
+            f"budgets: {self.what}. Leave {budget:g} out of budgets, pass policy=PrefixKV(sink=..., recent=...) with "
+            "fewer, or samples with longer prompts."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +114,7 @@ def calibrate_prefixkv(
         two halves differ by more than 0.03.
     Raises:
         UnsupportedModelError, IncompatibleError: the model.  DataError: no samples, or prompts too short for a budget.
-        BudgetTooSmallError: a budget does not hold the protected tokens of a prompt.
+        BudgetTooSmallError: a budget does not hold the protected tokens of a prompt (``PromptTooShortError``).
         ConfigError: the budgets, or a partial file of other settings.
 
     Source: "PrefixKV", arXiv 2412.03409. The official script writes evicted shares and leaves the averaging to the
@@ -180,7 +197,13 @@ def measure(
             model.base_model(**kwargs)  # the logits are not needed
     out = []
     for stats in recorder.shown:
-        kept = [[int(k) for k in replace(policy, keep_ratio=budget).allocate(stats).kept] for budget in budgets]
+        kept = []
+        for budget in budgets:
+            try:
+                allocation = replace(policy, keep_ratio=budget).allocate(stats)
+            except BudgetTooSmallError as error:
+                raise PromptTooShortError(budget, stats[0].n, len(stats), policy) from error
+            kept.append([int(k) for k in allocation.kept])
         out.append(PromptBudgets(n=stats[0].n, kept=kept))
     return out
 

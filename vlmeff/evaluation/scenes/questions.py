@@ -158,10 +158,10 @@ def _comparison(scene: Scene) -> list[Question]:
                     answer = "yes" if counts[a] > counts[b] else "no"
                     out.append(Question("comparison", "more", f"are there more {words[a]} than {words[b]}?", answer))
     named = _named(scene)
-    for name, a in named:
-        for other, b in named:
-            if a.size != b.size:
-                answer = "yes" if a.size == "large" else "no"
+    for name, thing in named:
+        for other, second in named:
+            if thing.size != second.size:
+                answer = "yes" if thing.size == "large" else "no"
                 out.append(Question("comparison", "larger", f"is the {name} larger than the {other}?", answer))
     return out
 
