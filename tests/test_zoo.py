@@ -596,7 +596,7 @@ def test_preset_table_gives_status_and_tokens_of_the_model(tiny: torch.nn.Module
 
 
 def test_listing_filters_by_task_and_status() -> None:
-    assert {item.model for item in zoo.list_entries(status="fixture")} == {"tiny-llava"}
+    assert {item.model for item in zoo.list_entries(status="fixture")} == {"tiny-llava", "tiny-qwen"}
     assert zoo.list_entries(task="image-text-to-text") == zoo.list_entries()
     with pytest.raises(UnknownNameError, match="unknown status 'verifed'"):
         zoo.list_entries(status="verifed")
