@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlmeff.errors import ConfigError
 from vlmeff.integrations.lmms_command import lmms_command
@@ -71,8 +72,12 @@ def evaluate_command(
         raise ConfigError(f"--perf {perf!r} must be accuracy, latency or both.")
     if engine not in ("local", "ray"):
         raise ConfigError(f"--engine {engine!r} must be local or ray.")
-    if margin < 0:
+    if not 0 <= margin < float("inf"):  # also false for NaN
         raise ConfigError(f"E-USE-02: --margin {margin:g} must be 0 or more points.")
+    if fail_on_regression and not (baseline and _names(presets)):
+        raise ConfigError("--fail-on-regression needs a baseline and a preset to compare.")
+    if workers is not None and engine != "ray":
+        raise ConfigError("--workers is about --engine ray; under torchrun say --nproc-per-node.")
     from vlmeff.evaluation.benchmarks import parse_limit
     from vlmeff.evaluation.runner import Progress, Settings, Shard, evaluate
 
@@ -107,13 +112,14 @@ def evaluate_command(
         if engine == "ray":
             from vlmeff.evaluation.ray_engine import evaluate_on_ray
 
-            evaluate_on_ray(settings, workers=workers, progress=progress)
+            stores = evaluate_on_ray(settings, workers=workers, progress=progress)
         else:
-            evaluate(settings, shard=shard, progress=progress)
+            stores = evaluate(settings, shard=shard, progress=progress)
     if shard.rank > 0:
         return
-    pictures = _Pictures(settings)
-    results, where = _report(output, model, margin=margin, seed=seed, pictures=pictures)
+    pictures = {name: _Pictures(settings, name) for name in settings.benchmarks}
+    about = [store.about["fingerprint"] for store in stores]
+    results, where = _report(output, model, margin=margin, seed=seed, pictures=pictures, fingerprints=about)
     _show(results, where, as_json=as_json)
     if fail_on_regression and results.regressions:
         err.print(f"inferior to the baseline: {', '.join(c.label for c in results.regressions)} (--fail-on-regression)")
@@ -129,6 +135,8 @@ def report_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Write the tables, plots and statistics again from the rows alone; no model and no torch is needed."""
+    if as_json and len(folders) > 1:
+        raise ConfigError("eval report: --json is of one folder; run it for each.")
     for folder in folders:
         results, where = _report(folder, None, margin=margin, seed=seed, allow_partial_join=allow_partial_join)
         _show(results, where, as_json=as_json)
@@ -194,7 +202,7 @@ eval_app.command("lmms")(lmms_command)
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    return () if names == ("none",) else names
+    return () if names == ("none",) else tuple(dict.fromkeys(names))
 
 
 def _list(data_root: Path | None) -> None:
@@ -243,7 +251,7 @@ def _show(results: Any, folder: Path, *, as_json: bool) -> None:
                 delta = signed(compared.delta, run.scale) + (f" ({low_high})" if low_high else "")
                 cells = [delta, compared.verdict]
             table.add_row(
-                run.label,
+                Text(run.label),  # "[ab12]" is no markup
                 f"{cost.visual_tokens_in:.4g} -> {cost.visual_tokens_kept:.4g}",
                 number(run.metrics[run.metric].value, run.scale),
                 *cells,
@@ -252,7 +260,7 @@ def _show(results: Any, folder: Path, *, as_json: bool) -> None:
             )
         out.print(table)
     where = folder.as_posix()
-    err.print(f"[dim]{where}: results.md, results.json, frontier.png, regressions.html[/]", highlight=False)
+    err.print(Text(f"{where}: results.md, results.json, frontier.png, regressions.html", style="dim"))
 
 
 def _headline(run: Any, compared: Any) -> dict[str, Any]:
@@ -268,20 +276,21 @@ def _headline(run: Any, compared: Any) -> dict[str, Any]:
 
 
 class _Pictures:
-    """The picture of a document, for the page of regressions; the data are opened once more when first asked."""
+    """The pictures of a benchmark's documents, for the page of regressions; its data are opened once more when first
+    asked."""
 
-    def __init__(self, settings: Any) -> None:
-        self._settings = settings
-        self._samples: dict[str, Any] | None = None
+    def __init__(self, settings: Any, benchmark: str) -> None:
+        self._settings, self._benchmark = settings, benchmark
+        self._data: Any = None
+        self._places: dict[str, int] = {}
 
     def __call__(self, doc_id: str) -> Any:
-        if self._samples is None:
+        if self._data is None:
             from vlmeff.evaluation.runner import load_benchmark
 
-            loaded = [load_benchmark(self._settings, name) for name in self._settings.benchmarks]
-            self._samples = {doc: (data, i) for data in loaded for i, doc in enumerate(data.doc_ids)}
-        data, index = self._samples[doc_id]
-        images = data[index].images
+            self._data = load_benchmark(self._settings, self._benchmark)
+            self._places = {doc: i for i, doc in enumerate(self._data.doc_ids)}
+        images = self._data[self._places[doc_id]].images
         return images[0]() if images else None
 
 
@@ -292,7 +301,7 @@ class _Shown:
         self.quiet = quiet
         self._bar: Any = None
         self._task: Any = None
-        self._total = self._done = self._right = self._scored = 0
+        self._total = self._done = 0
         self._last = 0.0
 
     def __enter__(self) -> _Shown:
@@ -310,10 +319,10 @@ class _Shown:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            err.print(f"[dim]{text}[/]", highlight=False)
+            err.print(Text(text, style="dim"))
 
     def begin(self, benchmark: str, done: int, total: int) -> None:
-        self._done, self._total, self._right, self._scored = done, total, 0, 0
+        self._done, self._total = done, total
         self._last = time.monotonic()
         if done:
             self.say(f"{benchmark}: {done} of {total} documents are there already")
@@ -328,4 +337,4 @@ class _Shown:
             self._bar.update(self._task, advance=1, description=label)
         elif time.monotonic() - self._last > QUIET_SECONDS and not self.quiet:
             self._last = time.monotonic()
-            err.print(f"{label}: {self._done} of {self._total} documents", highlight=False)
+            err.print(Text(f"{label}: {self._done} of {self._total} documents"))

@@ -14,7 +14,7 @@ import pytest
 from vlmeff import zoo
 from vlmeff.cli import main
 from vlmeff.errors import ConfigError, UnknownNameError
-from vlmeff.evaluation import verifying
+from vlmeff.evaluation import statistics, verifying
 from vlmeff.evaluation.results_schema import json_schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +86,7 @@ def test_a_regression_is_an_exit_code_where_it_is_asked_for(output, monkeypatch,
             if file.parent.name.startswith("fast-") and file.parent.name.count("-") == 1:
                 row["scores"] = {name: 0.0 if name in ("open", "right") else x for name, x in row["scores"].items()}
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(statistics, "FEWEST_GROUPS", 1)  # three documents will do here
     assert run(monkeypatch, *arguments) == 5
     assert "inferior to the baseline: fast" in capsys.readouterr().err.replace("\n", " ")
 
@@ -96,6 +97,13 @@ def test_a_regression_is_an_exit_code_where_it_is_asked_for(output, monkeypatch,
         (["--benchmarks", "easy_vqs"], 2, "E-USE-01"),
         (["--limit", "1.0"], 2, "E-USE-02"),
         (["--margin", "-1"], 2, "E-USE-02"),
+        (["--margin", "nan"], 2, "E-USE-02"),
+        (["--dtype", "float31"], 2, "--dtype"),
+        (["--data-root", "nowhere"], 2, "--data-root"),
+        (["--workers", "2"], 2, "--engine ray"),
+        (["--fail-on-regression", "--no-baseline"], 2, "needs a baseline"),
+        (["--fail-on-regression", "--presets", "none"], 2, "needs a baseline"),
+        (["report", "a", "b", "--json"], 2, "one folder"),
         (["--perf", "fast"], 2, "--perf"),
         (["--engine", "slurm"], 2, "--engine"),
         (["--benchmarks", "pope", "--offline"], 3, "E-DATA-01"),
@@ -108,6 +116,27 @@ def test_what_cannot_work_says_so(arguments, code, message, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *arguments) == code
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("vlmeff.loading.load", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    assert run(monkeypatch, "--output", tmp_path / "file") == 2
+    assert "is a file" in " ".join(capsys.readouterr().err.split())
+    assert run(monkeypatch, "--controls", "randon", "--output", tmp_path) == 2
+    assert run(monkeypatch, "--presets", "fsat", "--output", tmp_path) == 4
+
+
+def test_another_limit_is_another_run_and_a_name_twice_is_one(monkeypatch, capsys, tmp_path):
+    common = ("--warmup", 0, "--controls", "none", "--output", tmp_path, "--json")
+    assert run(monkeypatch, "--limit", 2, "--presets", "fast,fast", *common) == 0
+    assert run(monkeypatch, "--limit", 3, "--presets", "balanced", *common) == 0
+    assert run(monkeypatch, "--limit", 2, "--presets", "fast", *common) == 0
+    first, second, third = (json.loads(line)["headline"] for line in capsys.readouterr().out.splitlines())
+    assert [row["run"] for row in first] == [row["run"] for row in third] == ["baseline", "fast"]
+    assert [row["run"] for row in second] == ["baseline", "balanced"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert any("left out" in note for note in results["notes"])
 
 
 def test_the_list_names_every_benchmark(monkeypatch, capsys):

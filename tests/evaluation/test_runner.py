@@ -223,6 +223,15 @@ def test_a_document_that_failed_once_counts_when_it_succeeds(whole, tmp_path, mo
     assert untimed(folders(tmp_path)["baseline"]) == untimed(folders(whole)["baseline"])
 
 
+def test_a_share_of_failures_above_what_is_allowed_is_an_error_at_the_end(tmp_path, monkeypatch):
+    fail_at(monkeypatch, {"easy_vqa/test/1"})
+    with pytest.raises(RunError, match=r"E-RUN-03: 1 of 6 documents failed in baseline \(allowed: 1.0%\)"):
+        evaluate(settings(tmp_path, presets=(), controls=()), shard=Shard())
+    assert len(untimed(folders(tmp_path)["baseline"])) == LIMIT, "the rows are kept"
+    monkeypatch.undo()
+    evaluate(settings(tmp_path, presets=(), controls=()), shard=Shard())
+
+
 def test_too_many_failures_end_the_run(tmp_path, monkeypatch):
     fail_at(monkeypatch, {f"easy_vqa/test/{i}" for i in range(100)})
     with pytest.raises(RunError, match=r"E-RUN-03: 3 of 3 documents failed in baseline"):

@@ -287,3 +287,18 @@ def test_statistics_and_reports_do_not_need_torch() -> None:
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("interval", "groups", "expected"),
+    [
+        ((0.0, 0.0), 9, "inconclusive"),  # too few for any verdict
+        ((-0.5, -0.2), 9, "inconclusive"),
+        ((-0.5, -0.2), 10, "inferior"),
+        ((0.0, 0.0), 299, "inconclusive"),  # 3 / 299 > 1 point
+        ((0.0, 0.0), 301, "non-inferior"),
+        ((-0.005, 0.002), 50, "non-inferior"),
+    ],
+)
+def test_little_evidence_is_no_verdict(interval: tuple[float, float], groups: int, expected: str) -> None:
+    assert statistics.verdict(interval, 0.01, groups=groups) == expected

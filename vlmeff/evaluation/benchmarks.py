@@ -89,6 +89,8 @@ class Benchmark:
         root = None if data_root is None else Path(data_root)
         rows, origin, split = self._open(root, split, source, offline, stop, max_image_pixels)
         indices = self._selected(rows, limit)
+        if not len(indices):
+            raise DataError(f"E-DATA-02: {self.name}: the {split} split holds no documents; check the data.")
         notes = list(self.caption_notes)
         if self.expected_count not in (None, rows.total):
             notes.append(

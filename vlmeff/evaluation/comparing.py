@@ -93,7 +93,7 @@ def compare(
         ci95=drawn.interval,
         resamples=drawn.distribution.size,
         margin=accepted,
-        verdict=statistics.verdict(drawn.interval, accepted),
+        verdict=statistics.verdict(drawn.interval, accepted, groups=len(set(groups))),
         mcnemar=McNemar(b=better, c=worse, p=statistics.mcnemar(better, worse)) if metric.binary else None,
         detectable=detectable,
         agreement=statistics.agreement(pairs),

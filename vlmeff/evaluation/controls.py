@@ -20,13 +20,13 @@ from PIL import Image
 from tokenpruning import Method, Selector
 from vlmeff.config import Plan, described, make_plan
 from vlmeff.errors import ConfigError, UnknownNameError
+from vlmeff.evaluation.runner import CONTROLS
 from vlmeff.vlm.families import Family
 from vlmeff.vlm.wrapped import attach, detach
 from vlmeff.wrapping import is_wrapped
 
 logger = logging.getLogger("vlmeff")
 
-CONTROLS = ("random", "downsample", "blank")
 GREY = (128, 128, 128)
 Picture = Callable[[Image.Image], Image.Image]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def build_report(
     seed: int = 0,
     pictures: page.Pictures | None = None,
     allow_partial_join: bool = False,
+    fingerprints: Collection[str] = (),
 ) -> Results:
     """Read every finished run under ``folder``; write results.json, results.md, frontier.csv/.png, regressions.html.
 
@@ -46,6 +48,7 @@ def build_report(
         seed: of every bootstrap.
         pictures: gives the picture (PIL) of a doc_id, or one such callable per benchmark; None: a text in its place.
         allow_partial_join: compare runs on the documents that they share instead of raising E-STAT-01.
+        fingerprints: of the runs that the report is about, where ``folder`` holds others as well (``find_runs``).
     Raises:
         ConfigError: E-USE-02, or ``folder`` holds several models.
         DataError: nothing finished is there (E-DATA-02), a broken line (E-DATA-03), an unknown metric (E-DATA-08), runs
@@ -55,7 +58,7 @@ def build_report(
     if seed < 0:
         raise ConfigError(f"E-USE-02: seed={seed} cannot seed a generator. Use an integer >= 0.")
     root = Path(folder)
-    folders, notes = find_runs(root)
+    folders, notes = find_runs(root, fingerprints, every_document=allow_partial_join)
     runs: list[Run] = []
     comparisons: list[Comparison] = []
     retained: dict[tuple[str, str], np.ndarray] = {}

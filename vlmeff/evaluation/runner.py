@@ -18,12 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from vlmeff.errors import BadImageError, ConfigError, RunError
+from vlmeff import zoo
+from vlmeff.errors import BadImageError, ConfigError, RunError, UnknownNameError
 from vlmeff.evaluation.benchmarks import LoadedBenchmark, check_limit, get
 from vlmeff.evaluation.samples import SampleRow
 from vlmeff.evaluation.storage import RowWriter, RunStore, fingerprint
 from vlmeff.pictures import MAX_PIXELS
 
+CONTROLS = ("random", "downsample", "blank")
 ATTEMPTS = 2  # of a document that fails: the second one when the command is run again
 EARLY = 3  # documents after which a run without effect is refused
 
@@ -66,6 +68,15 @@ class Settings:
             raise ConfigError("eval: --benchmarks names none; vlmeff eval --list shows them.")
         if self.warmup < 0:
             raise ConfigError(f"E-USE-02: warmup={self.warmup} must be 0 or more.")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"--dtype {self.dtype!r} must be auto, float32, bfloat16 or float16.")
+        if self.output.exists() and not self.output.is_dir():
+            raise ConfigError(f"--output {str(self.output)!r} is a file; name a folder.")
+        if self.data_root is not None and not self.data_root.is_dir():
+            raise ConfigError(f"--data-root {str(self.data_root)!r} is no folder.")
+        unknown = [name for name in self.controls if name not in CONTROLS]
+        if unknown:
+            raise UnknownNameError("control", unknown[0], CONTROLS, code="E-USE-01")
         if not 0 <= self.max_error_rate <= 1:
             raise ConfigError(f"max_error_rate={self.max_error_rate} must be a share, 0 to 1.")
 
@@ -109,6 +120,8 @@ def evaluate(settings: Settings, *, shard: Shard | None = None, progress: Progre
     if shard.world > 1 and not settings.resume:
         # Processes do not talk to each other: one would go on in the folder that another is moving away.
         raise ConfigError("--no-resume does not work with several processes; choose another --output.")
+    for preset in settings.presets:  # raises for a name that does not exist
+        zoo.resolve(settings.model, preset)
     loaded = [load_benchmark(settings, name) for name in settings.benchmarks]
     return Session(settings, shard, progress, LoadedModel.load(settings, shard, progress.say)).run_all(loaded)
 
@@ -317,11 +330,7 @@ class Session:
         worst = max(range(len(failed)), key=failed.__getitem__)
         hopeless = failed[worst] == count >= EARLY
         if hopeless or failed[worst] > max(self.settings.max_error_rate * total, EARLY - 1):
-            raise RunError(
-                f"E-RUN-03: {failed[worst]} of {count} documents failed in {self.engine.runs[worst].name} (allowed: "
-                f"{self.settings.max_error_rate:.1%} of {total}). Look at 'error' in its samples.rank*.jsonl; "
-                "--max-error-rate raises the limit."
-            )
+            raise _too_many(failed[worst], count, self.engine.runs[worst], self.settings.max_error_rate)
 
     # -- the end
 
@@ -334,7 +343,17 @@ class Session:
         baseline = next((r for run, r in zip(self.engine.runs, merged, strict=True) if run.kind == "baseline"), None)
         for run, rows in zip(self.engine.runs, merged, strict=True):
             check_effect(run, rows, baseline)
+            failed = sum(row.error is not None for row in rows)
+            if failed > self.settings.max_error_rate * len(rows):
+                raise _too_many(failed, len(rows), run, self.settings.max_error_rate)
         return list(stores)
+
+
+def _too_many(failed: int, count: int, run: Any, allowed: float) -> RunError:
+    return RunError(
+        f"E-RUN-03: {failed} of {count} documents failed in {run.name} (allowed: {allowed:.1%}). Look at 'error' in "
+        "its samples.rank*.jsonl; the same command tries each once more, --max-error-rate raises the limit."
+    )
 
 
 def _task(index: int, doc_id: str, known: Sequence[dict[str, SampleRow]]) -> Task:

@@ -7,7 +7,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -50,13 +50,19 @@ class RunFolder:
     def identity(self) -> str:
         """Runs with the same identity are the same run at different times; the newest counts."""
         parameters = {} if self.info["kind"] == "baseline" else self.info["parameters"]
-        return json.dumps([self.info["benchmark"], self.info["kind"], self.label, parameters], sort_keys=True)
+        key = [self.info["benchmark"], self.info["kind"], self.label, parameters, self.info["model"], self.documents]
+        return json.dumps(key, sort_keys=True)
 
     @property
     def data(self) -> list[Any]:
         """What two runs must have in common to be compared."""
         data = self.info["data"]
         return [data.get("id"), data.get("revision"), data.get("sha256"), self.info.get("prompt")]
+
+    @property
+    def documents(self) -> Any:
+        """How many documents the run is about: another limit is another run."""
+        return self.info["data"].get("n_docs")
 
     def rows(self) -> list[SampleRow]:
         """Every line of ``samples.jsonl``; raises E-DATA-03 for one that cannot be read."""
@@ -86,8 +92,15 @@ class Loaded:
     bootstrap: statistics.Bootstrap
 
 
-def find_runs(root: Path) -> tuple[list[RunFolder], list[str]]:
-    """Finished runs under ``root`` in the order of the tables, the newest of each; and notes on what is left out."""
+def find_runs(
+    root: Path, fingerprints: Collection[str] = (), *, every_document: bool = False
+) -> tuple[list[RunFolder], list[str]]:
+    """Finished runs under ``root`` in the order of the tables, the newest of each; and notes on what is left out.
+
+    A benchmark's runs of another number of documents (another limit) than the newest one are left out, for they cannot
+    be compared, unless ``every_document``. ``fingerprints``: of the runs that the report is about; their model
+    and documents count, not the newest.
+    """
     newest: dict[str, RunFolder] = {}
     notes = []
     for path in sorted(root.rglob("run.json")):
@@ -115,6 +128,7 @@ def find_runs(root: Path) -> tuple[list[RunFolder], list[str]]:
             newest[identity] = found
     if not newest:
         raise DataError(f"E-DATA-02: there is no finished run under {root}. Run vlmeff eval --output {root} first.")
+    newest = _comparable(newest, fingerprints, notes, every_document=every_document)
     models = {json.dumps(f.info["model"], sort_keys=True): f for f in newest.values()}
     if len(models) > 1:
         names = sorted({f.path.relative_to(root).parts[0] for f in models.values()})
@@ -128,6 +142,29 @@ def find_runs(root: Path) -> tuple[list[RunFolder], list[str]]:
         for f in newest.values()
     ]
     return sorted(told_apart, key=lambda f: (KINDS.index(f.info["kind"]), f.info["created"], f.label)), notes
+
+
+def _comparable(
+    found: dict[str, RunFolder], fingerprints: Collection[str], notes: list[str], *, every_document: bool
+) -> dict[str, RunFolder]:
+    """The runs of one model variant and, in each benchmark, of the same documents."""
+    about = [f for f in found.values() if f.info["fingerprint"] in fingerprints]
+    if about:
+        found = {k: f for k, f in found.items() if f.info["model"] == about[0].info["model"]}
+    chosen: dict[str, RunFolder] = {}
+    for folder in sorted(found.values(), key=lambda f: (f in about, f.info["created"])):
+        chosen[folder.info["benchmark"]] = folder
+    out = {}
+    for key, folder in found.items():
+        reference = chosen[folder.info["benchmark"]]
+        if every_document or None in (folder.documents, reference.documents) or folder.documents == reference.documents:
+            out[key] = folder
+        else:
+            notes.append(
+                f"{folder.info['benchmark']}, {folder.label} is left out: it is of {folder.documents} documents, the "
+                f"report of {reference.documents}."
+            )
+    return out
 
 
 def presentable(value: Any) -> Any:

@@ -23,6 +23,7 @@ RESAMPLES = 10_000
 AGGREGATE_VISITS, FEWEST_RESAMPLES = 1_000_000, 1_000
 CELLS = 2**21  # elements of one block of resampled values: 16 MB as float64
 Z = 1.960 + 0.842  # two-sided 5 %, power 80 %
+FEWEST_GROUPS = 10  # that a verdict is given on
 
 Aggregate = Callable[[Sequence[SampleRow]], Mapping[str, float]]
 
@@ -211,13 +212,20 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(interval: tuple[float, float] | None, margin: float) -> Verdict:
-    """What the 95 % interval of candidate - baseline says against the ``margin`` (>= 0, in the same unit)."""
+def verdict(interval: tuple[float, float] | None, margin: float, *, groups: int | None = None) -> Verdict:
+    """What the 95 % interval of candidate - baseline says against the ``margin`` (>= 0, in the same unit).
+
+    ``groups``: how many the interval was resampled from. Fewer than ``FEWEST_GROUPS`` prove nothing: the interval is
+    too narrow then. Where no document changed it has no width at all, however few there are; what still may be lost is
+    then taken as 3 / groups, the 95 % bound of a share that was never seen ("rule of three").
+    """
     if margin < 0 or not math.isfinite(margin):
         raise ConfigError(f"E-USE-02: margin={margin} is not a margin. Use points >= 0, for example 1.0.")
-    if interval is None:
+    if interval is None or (groups is not None and groups < FEWEST_GROUPS):
         return "inconclusive"
     low, high = interval
+    if groups is not None and low == high == 0:
+        low = -3 / groups
     if high < 0 and low > -margin:
         return "worse but within margin"
     if low > -margin:
