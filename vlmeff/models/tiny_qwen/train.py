@@ -25,7 +25,7 @@ from vlmeff.models.tiny_qwen import language, tower
 from vlmeff.models.tiny_qwen.architecture import build_model, build_processor
 
 SEED = 0
-STEPS = {"shapes": 320, "tower": 300, "language": 1300}
+STEPS = {"shapes": 320, "tower": 300, "language": 4000}
 PEAK_LR = {"shapes": 2e-3, "tower": 1.5e-3, "language": 2e-3}
 SAVE_EVERY = 25
 
