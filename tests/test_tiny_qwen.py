@@ -208,6 +208,8 @@ def test_card_and_result_name_the_shipped_weights() -> None:
     results = [json.loads(f.read_text()) for f in (ROOT / "benchmarks" / "results").glob("*.json")]
     ours = [r for r in results if isinstance(r, dict) and r.get("model") == "tiny-qwen"]
     assert {r["weights_sha256"] for r in ours} == {digest}
+    evaluated = [r["model"] for r in results if isinstance(r.get("model"), dict) and r["model"]["id"] == "tiny-qwen"]
+    assert [model["revision"] for model in evaluated] == [f"sha256:{digest}"]
 
 
 def test_random_pruning_loses_what_the_gate_asks_for() -> None:
