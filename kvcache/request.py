@@ -62,7 +62,7 @@ def retained_call(
         _check_generation(model, kwargs, generating=generating)
     _check_not_compiled(model, text_model)
     _check_inputs(kwargs, cache if isinstance(cache, RetainedCache) else None, generating=generating)
-    if torch.is_grad_enabled() and (text_model.training or any(p.requires_grad for p in text_model.parameters())):
+    if torch.is_grad_enabled() and text_model.training:
         raise RetentionStateError(
             "KV retention cannot be trained through: call model.eval() and torch.no_grad(), or use kv=False."
         )

@@ -89,6 +89,9 @@ def _retention(
     optional = plan.kv_optional and not isinstance(cache, RetainedCache)
     if optional and (cache is not None or skipped):
         return None  # the caller's own cache, or a request that the preset leaves alone
+    if optional and not generating and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        logger.info("vlmeff: a forward pass that gradients may be taken of goes without the preset's KV retention")
+        return None
     if optional and not generating and _padded_behind(kwargs.get("attention_mask")):
         logger.info("vlmeff: a forward pass with padding behind real tokens goes without the preset's KV retention")
         return None

@@ -19,7 +19,8 @@ class Objects:
 
     def score(self, sample: Sample, prediction: str) -> dict[str, Any]:
         truth, named = named_objects(sample.answers[0]), named_objects(prediction)
-        scores = {"objects": len(truth & named) / len(truth), "sentence": float(truth == named)}
+        share = len(truth & named) / len(truth) if truth else float(not named)
+        scores = {"objects": share, "sentence": float(truth == named)}
         return scored(", ".join(sorted(map(str, named))) or None, scores)
 
     def aggregate(self, rows: Sequence[SampleRow]) -> dict[str, float]:
