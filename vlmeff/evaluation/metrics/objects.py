@@ -24,6 +24,8 @@ class Objects:
         return scored(", ".join(sorted(map(str, named))) or None, scores)
 
     def aggregate(self, rows: Sequence[SampleRow]) -> dict[str, float]:
+        if not rows:
+            return {}
         return {
             "objects_right": mean(value(row, "objects") for row in rows),
             "sentences_right": mean(value(row, "sentence") for row in rows),
