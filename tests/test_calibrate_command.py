@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_calibrate_hiprune_prints_the_curve_and_writes_it(tmp_path: Path) -> None:
     files = ["--plot", str(tmp_path / "curve.png"), "--out", str(tmp_path / "layers.json")]
     done = subprocess.run(
-        [sys.executable, "-m", "vlmeff.cli", "calibrate", "hiprune", "--samples", "scenes", "--limit", "8", *files],
+        [sys.executable, "-m", "vlmeff.cli", "calibrate", "hiprune", "--samples", "mosaics", "--limit", "8", *files],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -28,7 +28,7 @@ def test_calibrate_hiprune_prints_the_curve_and_writes_it(tmp_path: Path) -> Non
     written = json.loads((tmp_path / "layers.json").read_text())
     assert written["layers"] == [1, 2, 3, 4, 5, 6]  # of seven; the sixth is projected
     assert (written["samples"], written["top"], written["default_object_layer"]) == (8, 0.1, 3)
-    assert (written["about"]["model"], written["about"]["source"]) == ("tiny-llava", "scenes")
+    assert (written["about"]["model"], written["about"]["source"]) == ("tiny-llava", "mosaics")
     rows = [line.replace("│", " ").split() for line in done.stdout.splitlines() if "│" in line]
     assert [int(row[0]) for row in rows] == written["layers"]
     assert [float(row[1]) for row in rows] == pytest.approx(written["distances"], abs=0.00051)
@@ -52,7 +52,7 @@ def calibrate_prefixkv(folder: Path, *options: str) -> subprocess.CompletedProce
 
 def test_calibrate_prefixkv_takes_images_a_metric_and_its_window(tmp_path: Path) -> None:
     done = calibrate_prefixkv(
-        tmp_path, "--images", "scenes", "--budgets", "0.5", "--metric", "window", "--window", "16"
+        tmp_path, "--images", "mosaics", "--budgets", "0.5", "--metric", "window", "--window", "16"
     )
     assert done.returncode == 0, done.stderr
     recipe = read_recipe(tmp_path / "recipe.json")
@@ -70,7 +70,7 @@ def test_calibrate_prefixkv_takes_images_a_metric_and_its_window(tmp_path: Path)
 def test_what_calibrate_prefixkv_refuses_names_its_options(
     tmp_path: Path, options: list[str], words: list[str]
 ) -> None:
-    done = calibrate_prefixkv(tmp_path, "--samples", "scenes", *options)
+    done = calibrate_prefixkv(tmp_path, "--samples", "mosaics", *options)
     assert done.returncode == 2
     said = " ".join(done.stderr.split())
     assert all(word in said for word in words), done.stderr

@@ -30,7 +30,7 @@ def test_its_recipe_was_calibrated_on_these_weights_and_says_how() -> None:
     assert recipe.layers == (0, 1, 2, 3)
     assert sorted(recipe.keep_ratios) == sorted(recipe.std) == [tenths / 10 for tenths in range(1, 10)]
     made = recipe.calibration
-    assert (made["dataset"], made["samples"], made["token_pruning"]) == ("scenes", 48, None)
+    assert (made["dataset"], made["samples"], made["token_pruning"]) == ("mosaics", 48, None)
     assert max(made["half_difference"].values()) <= 0.03
     assert all(max(shares) - min(shares) > 0.01 for shares in recipe.keep_ratios.values())
     assert os.sep not in RECIPE.read_text()
@@ -89,6 +89,6 @@ def test_the_command_writes_a_recipe_and_goes_on_where_it_was(tmp_path: Path) ->
         assert float(row[1]) == pytest.approx(min(shares), abs=0.00051)
         assert float(row[-1]) == pytest.approx(recipe.calibration["half_difference"][row[0]], abs=0.00006)
     assert "vlmeff.PrefixKV(recipe=" in done.stdout
-    wrong = calibrate("--samples", "scenes", "--budgets", "0.5,two", "--out", str(file))
+    wrong = calibrate("--samples", "mosaics", "--budgets", "0.5,two", "--out", str(file))
     assert wrong.returncode == 2
     assert "--budgets" in wrong.stderr

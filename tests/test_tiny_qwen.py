@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmeff
+from kvcache import read_recipe
+from vlmeff import zoo
 from vlmeff.evaluation import mosaics, scenes
 from vlmeff.evaluation.questions import ask_items, easy_vqa_items, is_right
 from vlmeff.loading import embedded_folder
@@ -232,3 +234,20 @@ def test_the_shipped_model_answers_open_questions_and_prunes() -> None:
         assert right / len(items) >= least
     report = vlmeff.report(model)
     assert (report.visual_tokens_before, report.visual_tokens_after) == (25 * report.rows, 8 * report.rows)
+
+
+def test_its_recipe_was_calibrated_on_these_weights_and_keeps_what_it_says() -> None:
+    file = FOLDER.parent / "prefixkv.json"
+    recipe = read_recipe(file)
+    assert recipe.model["id"] == "tiny-qwen"
+    assert recipe.model["revision"] == zoo.load_zoo().models["tiny-qwen"].revision
+    made = recipe.calibration
+    assert (made["dataset"], made["samples"], made["token_pruning"]) == ("scenes", 48, None)
+    assert max(made["half_difference"].values()) <= 0.03
+    model, processor = vlmeff.load("tiny-qwen")
+    vlmeff.wrap(model, None, kv=vlmeff.PrefixKV(keep_ratio=0.5, recipe=file))
+    (answer,) = ask_items(model, processor, easy_vqa_items(limit=1), max_new_tokens=2)
+    assert answer
+    layers = vlmeff.report(model).retention.layers
+    n = layers[0].prompt_tokens[0]
+    assert [layer.kept[0] for layer in layers] == recipe.budgets(keep_ratio=0.5, n=n)

@@ -1,4 +1,4 @@
-"""Samples for calibration: pictures with questions from a folder, a list, or generated scenes."""
+"""Samples for calibration: pictures with questions from a folder, a list, or generated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from vlmeff.errors import BudgetTooSmallError, ConfigError, DataError
 from vlmeff.pictures import open_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-SCENES = "scenes"
 QUESTION = "Describe the picture in detail."
 
 
@@ -23,14 +22,15 @@ def questions_about(source: str, question: str, limit: int) -> Iterator[tuple[An
 
     Args:
         source: a folder of pictures, each asked ``question``; a .jsonl file whose lines have "image" (a path, relative
-            to the file) and "question"; or "scenes": generated mosaics of easy-vqa's training pictures.
+            to the file) and "question"; or a name of ``GENERATED``, whose training pictures are asked one question
+            each: "mosaics" (of easy-vqa's pictures), "scenes".
     Raises:
         ConfigError, DataError: the source does not exist or has nothing usable; a line of it is broken.
     """
     if limit < 1:
         raise ConfigError(f"--limit {limit} must be at least 1.")
-    if source == SCENES:
-        yield from _scenes(limit)
+    if source in GENERATED:
+        yield from GENERATED[source](limit)
         return
     path = Path(source).expanduser()
     if path.is_dir():
@@ -47,10 +47,11 @@ def questions_about(source: str, question: str, limit: int) -> Iterator[tuple[An
                 raise DataError(f"{source}, line {number}: needs 'image' and 'question' ({error!r}).") from error
             yield open_picture(image if image.is_absolute() else path.parent / image), asked
     else:
-        raise DataError(f"{source!r} is neither a folder of pictures, nor a .jsonl file, nor {SCENES!r}.")
+        made = ", ".join(GENERATED)
+        raise DataError(f"{source!r} is neither a folder of pictures, nor a .jsonl file, nor generated ({made}).")
 
 
-def _scenes(limit: int) -> Iterator[tuple[Any, str]]:
+def _mosaics(limit: int) -> Iterator[tuple[Any, str]]:
     import random
 
     from PIL import Image
@@ -61,6 +62,20 @@ def _scenes(limit: int) -> Iterator[tuple[Any, str]]:
         rng = random.Random(f"calibration-{number}")
         scene = make_scene(rng, "train")
         yield Image.fromarray(scene.pixels()), rng.choice(scene.questions()).text
+
+
+def _scenes(limit: int) -> Iterator[tuple[Any, str]]:
+    import random
+
+    from vlmeff.evaluation.scenes import ask, compose, draw
+
+    for number in range(limit):
+        scene = compose(number, split="train", size=112, seed=0)
+        question = random.Random(f"calibration-{number}").choice(ask(scene))
+        yield draw(scene), question.text
+
+
+GENERATED = {"mosaics": _mosaics, "scenes": _scenes}
 
 
 def prepared(processor: Any, pairs: Iterator[tuple[Any, str]], device: Any, dtype: Any) -> Iterator[dict[str, Any]]:

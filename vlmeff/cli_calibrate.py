@@ -18,7 +18,7 @@ Samples = Annotated[
     typer.Option(
         "--samples",
         "--images",
-        help="A folder of pictures, a .jsonl file of image and question, or scenes (generated).",
+        help="A folder of pictures, a .jsonl file of image and question, or mosaics or scenes (generated).",
     ),
 ]
 Question = Annotated[str, typer.Option(help="What is asked about the pictures of a folder.")]

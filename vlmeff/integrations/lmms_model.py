@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -87,8 +88,9 @@ class _Vlmeff(lmms):  # type: ignore[misc]  # lmms-eval may be missing where typ
         self._log(costs, requests)
         return answers
 
+    @abstractmethod
     def _request(self, args: tuple[Any, ...]) -> tuple[list[Message], Generation]:
-        raise NotImplementedError
+        """Messages and settings of one request; its form is that of the simple or the chat class."""
 
     def _document(self, doc_id: Any, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
