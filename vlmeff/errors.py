@@ -52,6 +52,32 @@ class IncompatibleError(VlmeffError, RuntimeError):
     exit_code = 4
 
 
+class QuantConfigError(ConfigError):
+    """Bits, group, rank, scheme or rules of a quantization cannot work."""
+
+
+class AlreadyQuantizedError(ConfigError):
+    """Layers were to be quantized that are quantized already."""
+
+
+class CheckpointError(VlmeffError, ValueError):
+    """A saved model misses layers, has others, or was written in an unknown version."""
+
+    exit_code = 4
+
+
+class ExportError(VlmeffError, RuntimeError):
+    """A layer cannot leave training yet: its auxiliary module has not decayed."""
+
+    exit_code = 4
+
+
+class SchemeNotSupportedError(VlmeffError, RuntimeError):
+    """This hardware has no arithmetic for the scheme."""
+
+    exit_code = 4
+
+
 class BackendUnavailableError(VlmeffError, RuntimeError):
     """A back end was asked for by name and cannot serve the call."""
 

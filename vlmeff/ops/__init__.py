@@ -7,15 +7,31 @@ from vlmeff.ops._dispatch import backend, counters, explain
 from vlmeff.ops.attention import attention_column_mass, row_logsumexp
 from vlmeff.ops.dct import dct_resample
 from vlmeff.ops.gather import gather_tokens
+from vlmeff.ops.linear import (
+    linear_w4a8_int8,
+    linear_w8a8_fp8,
+    linear_w8a8_int8,
+    linear_wna16,
+    linear_wnan_int,
+)
+from vlmeff.ops.quantize import act_quant_fp8, act_quant_int8, act_quant_uint
 from vlmeff.ops.text_rows import text_to_vision_scores
 
 __all__ = [
+    "act_quant_fp8",
+    "act_quant_int8",
+    "act_quant_uint",
     "attention_column_mass",
     "backend",
     "counters",
     "dct_resample",
     "explain",
     "gather_tokens",
+    "linear_w4a8_int8",
+    "linear_w8a8_fp8",
+    "linear_w8a8_int8",
+    "linear_wna16",
+    "linear_wnan_int",
     "row_logsumexp",
     "text_to_vision_scores",
 ]

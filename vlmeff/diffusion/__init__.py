@@ -1,0 +1,1 @@
+"""Quantized video diffusion transformers: schemes, families, training with fake quantization, checkpoints."""

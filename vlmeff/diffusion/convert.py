@@ -1,0 +1,237 @@
+"""Replaces the linear layers of a model by quantized ones, and gives them back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmeff.diffusion.families import READS_WEIGHT, find_family, rules_for
+from vlmeff.diffusion.layers import QuantLinear, share_activations
+from vlmeff.diffusion.rules import LayerChoice, LayerReport, Rule, RuleLike, choose_layers, layer_report
+from vlmeff.diffusion.schemes import LayerSpec, check_hardware, get_scheme
+from vlmeff.diffusion.smoothing import channel_maxima, smoothing_vector
+from vlmeff.errors import IncompatibleError, QuantConfigError
+
+logger = logging.getLogger(__name__)
+
+# Projections of one attention that take the same input, by their last name.
+SIBLINGS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+Progress = Callable[[int, int], None]
+
+
+@dataclass(eq=False)
+class Quantized:
+    """What ``quantize_`` did to a model.
+
+    ``table`` lists quantized and skipped layers with bytes and reasons; ``originals`` are the replaced layers (in host
+    memory), empty where they were not kept.
+    """
+
+    model: nn.Module
+    scheme: str
+    table: LayerReport
+    specs: dict[str, LayerSpec]
+    originals: dict[str, nn.Linear] = field(default_factory=dict, repr=False)
+    calibrated: bool = False
+
+    def restore(self) -> nn.Module:
+        """Put the original layers back, bit for bit.
+
+        Raises:
+            QuantConfigError: they were not kept.
+        """
+        if not self.originals:
+            raise QuantConfigError(
+                "the original weights were not kept (keep_original=False, or a quantized checkpoint was loaded); load "
+                "the model again."
+            )
+        for name, original in self.originals.items():
+            device = self.model.get_submodule(name).qweight.device
+            self.model.set_submodule(name, original.to(device))
+        self.originals = {}
+        return self.model
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str,
+    *,
+    rules: Sequence[RuleLike] | None = None,
+    replace_rules: bool = False,
+    group: int | None = None,
+    rank: int | None = None,
+    calibrate: Callable[[], Any] | None = None,
+    alpha: float = 0.5,
+    refine: int = 0,
+    search: bool | None = None,
+    keep_original: bool = True,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantize the linear layers of a video transformer in place, one at a time.
+
+    Args:
+        model: a diffusers transformer of a known family, or any module with ``rules``.
+        scheme: a name of ``schemes.SCHEMES``; layers whose rule names another one get that.
+        rules: (pattern, scheme or "keep" or "default") in front of the family's; alone with ``replace_rules``.
+        group, rank: change the scheme's group size and the rank of its branch.
+        calibrate: calls the model on typical inputs, for schemes that smooth; without it nothing is smoothed.
+        alpha: of ``smoothing_vector``.  refine: rounds of refitting a low-rank branch.
+        search: choose the ranges of codes with a zero-point by their error (``QuantLinear.from_linear``).
+        keep_original: keep the replaced layers in host memory, so that ``restore`` can give them back.
+        progress: called with (layers done, layers in all).
+    Raises:
+        UnsupportedModelError: the class is unknown and no rules are given.
+        QuantConfigError, UnknownNameError: scheme, group, rank or rules cannot work.
+        AlreadyQuantizedError, IncompatibleError: the model is quantized, carries an adapter or casts its layers.
+        SchemeNotSupportedError: the hardware lacks the arithmetic.
+    """
+    used = rules_for(model, list(rules) if rules is not None else None, replace=replace_rules)
+    return convert(
+        model,
+        scheme,
+        used,
+        group=group,
+        rank=rank,
+        calibrate=calibrate,
+        alpha=alpha,
+        refine=refine,
+        search=search,
+        keep_original=keep_original,
+        progress=progress,
+    )
+
+
+def convert(
+    model: nn.Module,
+    scheme: str,
+    rules: Sequence[Rule],
+    *,
+    group: int | None = None,
+    rank: int | None = None,
+    calibrate: Callable[[], Any] | None = None,
+    alpha: float = 0.5,
+    refine: int = 0,
+    search: bool | None = None,
+    keep_original: bool = True,
+    progress: Progress | None = None,
+) -> Quantized:
+    """``quantize_`` with all rules given; for text encoders too."""
+    _refuse_casting(model)
+    specs: dict[str, LayerSpec] = {scheme: get_scheme(scheme, group=group, rank=rank)}
+
+    def spec_of(name: str) -> LayerSpec:
+        return specs.setdefault(name, get_scheme(name))
+
+    choices = choose_layers(model, scheme, rules)
+    table = layer_report(choices, model, spec_of=spec_of)
+    wanted = [choice for choice in choices if choice.scheme is not None]
+    for choice in wanted:
+        device = model.get_parameter(f"{choice.name}.weight").device
+        check_hardware(spec_of(choice.scheme or ""), device)
+    smooths = _smooths(model, wanted, spec_of, calibrate, alpha)
+    result = Quantized(model, scheme, table, {}, calibrated=bool(smooths))
+    made: dict[str, QuantLinear] = {}
+    for i, choice in enumerate(wanted):
+        original: Any = model.get_submodule(choice.name)
+        if choice.shared_with is not None:
+            layer = made[choice.shared_with]
+        else:
+            spec = spec_of(choice.scheme or "")
+            layer = QuantLinear.from_linear(
+                original, spec, smooth=smooths.get(choice.name), search=search, refine=refine
+            )
+            layer.train(original.training)
+        place(model, choice.name, layer)
+        made[choice.name] = layer
+        result.specs[choice.name] = layer.spec
+        if keep_original:
+            # Out of the accelerator's memory; on a CPU this is the same storage.
+            result.originals[choice.name] = original.to("cpu")
+        if progress is not None:
+            progress(i + 1, len(wanted))
+    link_siblings(made)
+    return result
+
+
+def place(model: nn.Module, name: str, layer: QuantLinear) -> None:
+    """Put a quantized layer where a linear one was."""
+    import re
+
+    if re.fullmatch(READS_WEIGHT, name):  # its owner asks whether the weight is a tensor
+        layer.__dict__["weight"] = None
+    model.set_submodule(name, layer)
+
+
+def link_siblings(layers: Mapping[str, QuantLinear]) -> None:
+    """Let projections of one attention quantize their common input once."""
+    for names in _sibling_groups(layers):
+        share_activations([layers[name] for name in names])
+
+
+def _sibling_groups(names: Mapping[str, Any]) -> list[list[str]]:
+    """Names that take one input: q, k and v of self-attention, k and v of cross-attention (``attn2``)."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        for i, siblings in enumerate(SIBLINGS):
+            crossed = parent.endswith("attn2") and last == "to_q"
+            if last in siblings and not crossed:
+                groups.setdefault((parent, i), []).append(name)
+    return list(groups.values())
+
+
+def _smooths(
+    model: nn.Module,
+    wanted: Sequence[LayerChoice],
+    spec_of: Callable[[str], LayerSpec],
+    calibrate: Callable[[], Any] | None,
+    alpha: float,
+) -> dict[str, Tensor]:
+    names = [choice.name for choice in wanted if spec_of(choice.scheme or "").smooth]
+    if not names or calibrate is None:
+        if names:
+            logger.info("vlmeff: no calibration data: activations are not smoothed")
+        return {}
+    maxima = channel_maxima(model, names, calibrate)
+    group_of = {name: group for group in _sibling_groups(dict.fromkeys(names)) for name in group}
+    smooths: dict[str, Tensor] = {}
+    for name in names:
+        if name in smooths:
+            continue
+        group = group_of.get(name, [name])
+        weights = [model.get_parameter(f"{member}.weight") for member in group]
+        vector = smoothing_vector(torch.stack([maxima[member] for member in group]).amax(0), weights, alpha)
+        smooths.update(dict.fromkeys(group, vector))
+    return smooths
+
+
+def _refuse_casting(model: nn.Module) -> None:
+    """diffusers' layerwise casting would cast codes; it marks the modules that it hooks."""
+    for name, module in model.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and registry.get_hook("layerwise_casting") is not None:
+            raise IncompatibleError(
+                f"quantize: {name or type(model).__name__} casts its layers (enable_layerwise_casting); load the model "
+                "without it, quantized layers are smaller than cast ones."
+            )
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that most of the float parameters have."""
+    counts: dict[torch.dtype, int] = {}
+    for p in model.parameters():
+        if p.is_floating_point():
+            counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+    if not counts:
+        raise QuantConfigError(f"{type(model).__name__} has no float parameters.")
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether there are rules for the class of ``model``."""
+    return find_family(model) is not None

@@ -1,0 +1,1 @@
+"""QVGen: quantization-aware training with an auxiliary module that decays (arXiv 2505.11497)."""
