@@ -27,9 +27,9 @@ from vlmeff.zoo_schema import (
     Preset,
     Problem,
     ZooFile,
-    parse,
 )
-from vlmeff.zoo_steps import Step, Zoo, kept_tokens, steps_of
+from vlmeff.zoo_steps import Kind, Step, Zoo, kept_tokens, kind_of, steps_of
+from vlmeff.zoo_yaml import parse
 
 R = TypeVar("R", ModelRecord, Preset, Entry)
 
@@ -114,7 +114,7 @@ def find_model(model: object) -> ModelRecord | None:
     return next(by_name, None) or next((record for record in models if _has_geometry(model, record)), None)
 
 
-def resolve(model: object, preset: str) -> ResolvedPreset:
+def resolve(model: object, preset: str, *, kind: Kind | None = None) -> ResolvedPreset:
     """What ``preset`` means for ``model``: looked up as an entry, then as a preset.
 
     Parameters are merged in this order, later ones winning: the preset's step, the model record's ``method_params``,
@@ -123,6 +123,7 @@ def resolve(model: object, preset: str) -> ResolvedPreset:
     Args:
         model: a live model or a name as in ``find_model``; one that the zoo does not know is a model without an entry.
         preset: "fast", or an entry such as "llava-1.5-7b/fast".
+        kind: "vlm" or "video", where the zoo does not know the model; "vlm" when None.
 
     Raises:
         UnknownPresetError: neither an entry nor a preset; lists the nearest names.
@@ -154,7 +155,7 @@ def resolve(model: object, preset: str) -> ResolvedPreset:
         entry=entry.name if entry else None,
         model=record.name if record else None,
         status=entry.status if entry else None,
-        steps=steps_of(zoo.presets[name], record, entry),
+        steps=steps_of(zoo.presets[name], record, entry, kind=kind_of(record) if record else kind or "vlm"),
         min_visual_tokens=entry.min_visual_tokens if entry else 0,
     )
 
@@ -171,7 +172,10 @@ def preset_table(model: object = None) -> list[PresetRow]:
         entry = _entry_of(zoo, record, name)
         if record is not None and entry is None and name.startswith("paper-"):
             continue  # its paper has nothing for this model
-        steps = steps_of(preset, record, entry)
+        kind = kind_of(record) if record else kind_of_model(model)
+        steps = steps_of(preset, record, entry, kind=kind)
+        if model is not None and not steps:
+            continue  # a preset for another kind of model
         tokens_in = tokens_kept = None
         if entry is not None and isinstance(entry.tokens, KeptTokens):
             tokens_in, tokens_kept = entry.tokens.tokens_in, entry.tokens.kept
@@ -179,7 +183,8 @@ def preset_table(model: object = None) -> list[PresetRow]:
             tokens_in = record.visual_tokens.per_image
             tokens_kept = kept_tokens(record.visual_tokens.grid, steps)
         text, status = " + ".join(map(str, steps)), entry.status if entry else None
-        rows.append(PresetRow(name, preset.summary, text, status, tokens_in, tokens_kept))
+        summary = preset.summary if kind == "vlm" else preset.video_summary or preset.summary
+        rows.append(PresetRow(name, summary, text, status, tokens_in, tokens_kept))
     return rows
 
 
@@ -287,8 +292,15 @@ def _entry_of(zoo: Zoo, record: ModelRecord | None, preset: str) -> Entry | None
     return zoo.entries.get(f"{record.name}/{preset}") if record else None
 
 
+def kind_of_model(model: object) -> Kind:
+    """The kind of a live model that the zoo does not know."""
+    return "video" if any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__) else "vlm"
+
+
 def _has_geometry(model: object, record: ModelRecord) -> bool:
     """Whether a live model has the family and every size that the record states."""
+    if record.transformer is not None:
+        return _has_transformer(model, record)
     config: Any = getattr(model, "config", None)
     vision, text = getattr(config, "vision_config", None), getattr(config, "text_config", None)
     tokens = record.visual_tokens
@@ -311,3 +323,14 @@ def _has_geometry(model: object, record: ModelRecord) -> bool:
             (math.isqrt(tokens.pixels_per_token) / getattr(vision, "spatial_merge_size", 1), vision, "patch_size")
         )
     return all(stated is None or stated == getattr(config, name, None) for stated, config, name in sizes)
+
+
+def _has_transformer(model: object, record: ModelRecord) -> bool:
+    """Whether a pipeline's (or a bare) diffusion transformer has the class and sizes that the record states."""
+    stated = record.transformer
+    transformer: Any = getattr(model, "transformer", model)
+    config: Any = getattr(transformer, "config", None)
+    if stated is None or type(transformer).__name__ != stated.class_name or not hasattr(config, "get"):
+        return False
+    width = (config.get("num_attention_heads") or 0) * (config.get("attention_head_dim") or 0)
+    return (config.get("num_layers"), width) == (stated.layers, stated.hidden)

@@ -10,11 +10,11 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vlmeff.errors import UnknownNameError, VlmeffError
 from vlmeff.zoo_schema import Entry, FixedTokens, KeptTokens, ModelRecord, Problem, TokenFormula, ZooFile
-from vlmeff.zoo_steps import Zoo, kept_tokens, steps_of
+from vlmeff.zoo_steps import Kind, Step, Zoo, kept_tokens, kind_of, steps_of
 
 # (patch * merge) squared, from the config defaults of transformers 5.23.
 PIXELS_PER_TOKEN = {"qwen2_vl": 784, "qwen2_5_vl": 784, "qwen3_vl": 1024, "qwen3_vl_moe": 1024}
@@ -55,7 +55,7 @@ def entry_problems(zoo: Zoo, entry: Entry) -> Iterator[Problem]:
     if left in zoo.models and right in zoo.presets and (left, right) != (entry.model, entry.preset):
         yield bad(f"the name says {left} and {right}, the entry joins {entry.model} and {entry.preset}", "name")
 
-    steps = {step.method: step for step in preset.steps}
+    steps = {step.method: step for step in (preset.steps if kind_of(record) == "vlm" else preset.video)}
     for method, override in entry.overrides.items():
         step = steps.get(method)
         if step is None:
@@ -99,20 +99,41 @@ def entry_problems(zoo: Zoo, entry: Entry) -> Iterator[Problem]:
 
 def check_methods(zoo: Zoo, file: ZooFile) -> Iterator[Problem]:
     """Each step can be built: the method is registered and takes these parameters."""
+    joined = [
+        (f"presets.{preset.name}", kind, steps_of(preset, None, None, kind=kind))
+        for preset in file.presets.values()
+        for kind in get_args(Kind)
+    ]
+    for entry in file.entries:
+        record = zoo.models[entry.model]
+        steps = steps_of(zoo.presets[entry.preset], record, entry, kind=kind_of(record))
+        joined.append((f"entries ({entry.name})", kind_of(record), steps))
+    for where, kind, steps in joined:
+        for step in steps:
+            try:
+                _build(step, kind)
+            except (VlmeffError, TypeError) as error:  # TypeError: a parameter that the method does not have
+                yield Problem("E-ZOO-01", where, str(error))
+
+
+def _build(step: Step, kind: Kind) -> None:
+    """Raise what building the step's method raises."""
+    if kind == "video":
+        from vlmeff.diffusion.acceleration import CACHES
+        from vlmeff.diffusion.plan import Quant
+
+        if step.method not in ("quant", "feature_cache"):
+            raise UnknownNameError("step for video", step.method, ("quant", "feature_cache"))
+        if step.method == "quant":
+            Quant(**step.params)
+        elif step.params.get("kind") not in CACHES:
+            raise UnknownNameError("kind of feature_cache", str(step.params.get("kind")), CACHES)
+        return
     from kvcache import policies
     from tokenpruning import methods
 
-    joined = {f"presets.{preset.name}": steps_of(preset, None, None) for preset in file.presets.values()}
-    for entry in file.entries:
-        steps = steps_of(zoo.presets[entry.preset], zoo.models[entry.model], entry)
-        joined[f"entries ({entry.name})"] = steps
-    for where, steps in joined.items():
-        for step in steps:
-            try:
-                method: Any = (policies if step.is_retention else methods).get(step.method)
-                method(**step.budget(), **step.params)
-            except (VlmeffError, TypeError) as error:  # TypeError: a parameter that the method does not have
-                yield Problem("E-ZOO-01", where, str(error))
+    method: Any = (policies if step.is_retention else methods).get(step.method)
+    method(**step.budget(), **step.params)
 
 
 def check_tokens(zoo: Zoo, file: ZooFile) -> Iterator[Problem]:

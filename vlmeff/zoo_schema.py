@@ -1,19 +1,16 @@
-"""The shape of ``model_zoo.yaml`` (schema ``vlmeff.zoo/1``) and how it is read.
+"""The shape of ``model_zoo.yaml`` (schema ``vlmeff.zoo/1``).
 
 Models say what a checkpoint is, presets how it is run, entries join the two with evidence. Here stands what one record
-shows by itself; rules across records stand in ``vlmeff.zoo``.
+shows by itself; ``vlmeff.zoo_yaml`` reads it, rules across records stand in ``vlmeff.zoo_rules``.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
-from collections.abc import Hashable, Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-import yaml
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import (
@@ -27,15 +24,9 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     Tag,
-    ValidationError,
     model_validator,
 )
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import ErrorDetails
-
-LONGEST_LIST, LONGEST_WORD = 64, 200  # beyond: data or weights, which do not belong into the zoo
-ABSOLUTE_PATH = re.compile(r"^(?:~?/|[A-Za-z]:[\\/]|file:)|(?<![^\s\"'(=])(?:~?(?:/[\w.\-]+){2,}|[A-Za-z]:\\\w)")
-SECRET = re.compile(r"\b(?:hf_|gh[pousr]_|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_\-]{12,}|PRIVATE KEY")
 
 Status = Literal["verified", "reported", "experimental", "broken", "fixture"]
 STATUSES: tuple[str, ...] = get_args(Status)
@@ -194,6 +185,14 @@ class Decoder(_Record):
     head_dim: PositiveInt
 
 
+class Transformer(_Record):
+    """The diffusion transformer of a pipeline: its diffusers class, blocks and width."""
+
+    class_name: Text
+    layers: PositiveInt
+    hidden: PositiveInt
+
+
 class ModelRecord(_Record):
     """What a checkpoint is: source, licence, geometry.
 
@@ -218,6 +217,7 @@ class ModelRecord(_Record):
     visual_tokens: Annotated[FixedTokens | DynamicTokens, Field(discriminator="kind")] | None = None
     vision: Vision | None = None
     llm: Decoder | None = None
+    transformer: Transformer | None = None
     method_params: dict[str, Params] = {}
     trained_with: Lines = ()
     positions: Literal["repack", "keep"] | None = None
@@ -233,6 +233,8 @@ class ModelRecord(_Record):
             raise ValueError("license needs license_url")
         if self.task == "image-text-to-text" and None in (self.visual_tokens, self.vision, self.llm):
             raise ValueError("task image-text-to-text needs visual_tokens, vision and llm")
+        if self.task == "text-to-video" and self.transformer is None:
+            raise ValueError("task text-to-video needs transformer")
         return self
 
     @property
@@ -267,19 +269,26 @@ class StepRecord(_Record):
 
 
 class Preset(_Record):
-    """How a model is run, whatever the model."""
+    """How a model is run: ``steps`` for vision-language models, ``video`` for video pipelines."""
 
     name: SkipJsonSchema[str] = ""  # the key in ``presets``, written by ``_named``
     override: bool = False
     summary: Text
-    steps: Annotated[tuple[StepRecord, ...], Field(strict=False, min_length=1)]
+    steps: Annotated[tuple[StepRecord, ...], Field(strict=False)] = ()
+    video: Annotated[tuple[StepRecord, ...], Field(strict=False)] = ()
+    video_summary: Text | None = None
     notes: Lines = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Preset:
-        methods = [step.method for step in self.steps]
-        if len(set(methods)) != len(methods):
-            raise ValueError("a method occurs in more than one step")
+        if bool(self.video) != (self.video_summary is not None):
+            raise ValueError("video and video_summary go together")
+        if not self.steps and not self.video:
+            raise ValueError("give steps (vision-language models) or video (video pipelines)")
+        for steps in (self.steps, self.video):
+            methods = [step.method for step in steps]
+            if len(set(methods)) != len(methods):
+                raise ValueError("a method occurs in more than one step")
         return self
 
 
@@ -434,78 +443,3 @@ class ZooFile(_Record):
     models: Annotated[dict[Name, ModelRecord], BeforeValidator(_named)] = {}
     presets: Annotated[dict[Name, Preset], BeforeValidator(_named)] = {}
     entries: Annotated[tuple[Entry, ...], Field(strict=False)] = ()
-
-
-class _Loader(yaml.SafeLoader):
-    """safe_load that refuses a key that occurs twice; the plain one keeps the last and drops the rest."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                mark = node.value[i][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} occurs twice in one mapping", problem_mark=mark)
-        return super().construct_mapping(node, deep)
-
-
-# Dates stay text, as in JSON.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def parse(text: str) -> tuple[ZooFile | None, list[Problem]]:
-    """Read the text of a zoo file: the file, or None and what is wrong with it (syntax, schema, rule 8)."""
-    try:
-        raw = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}" if mark else "file"
-        return None, [Problem("E-ZOO-01", where, getattr(error, "problem", None) or str(error))]
-    try:
-        file, found = ZooFile.model_validate(raw), []
-    except ValidationError as error:
-        file, found = None, [(item["loc"], _message(item)) for item in error.errors(include_url=False)]
-    found += _foreign(raw, ())
-    return None if found else file, [Problem("E-ZOO-01", _place(raw, loc), message) for loc, message in found]
-
-
-def _message(item: ErrorDetails) -> str:
-    show = item["type"] != "value_error" and isinstance(item["input"], str | int | float)
-    return item["msg"].removeprefix("Value error, ") + (f", not {item['input']!r}" if show else "")
-
-
-def _foreign(value: object, where: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], str]]:
-    """Rule 8: no weights, no data, no absolute paths, no access tokens."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _foreign(key, where)
-            yield from _foreign(item, (*where, key))
-    elif isinstance(value, list):
-        if sum(isinstance(item, int | float) for item in value) > LONGEST_LIST:
-            yield where, f"a list of {len(value)} numbers is data or weights; put it into a file of its own"
-        for i, item in enumerate(value):
-            yield from _foreign(item, (*where, i))
-    elif isinstance(value, bytes):
-        yield where, "binary data does not belong into the zoo"
-    elif isinstance(value, str):
-        if SECRET.search(value):
-            yield where, "this looks like an access token; remove and revoke it"  # never repeat it
-        elif value.startswith("data:") or max(map(len, value.split()), default=0) > LONGEST_WORD:
-            yield where, "encoded data does not belong into the zoo"
-        elif ABSOLUTE_PATH.search(value):
-            yield where, f"{value!r} holds an absolute path, which means nothing on another machine"
-
-
-def _place(raw: object, loc: tuple[int | str, ...]) -> str:
-    """pydantic's location as a path into the file, without its union tags, with the names of entries."""
-    text, node = "", raw
-    for i, part in enumerate(loc):
-        if isinstance(part, int) and isinstance(node, list) and part < len(node):
-            text, node = f"{text}[{part}]", node[part]
-            if isinstance(node, dict) and isinstance(node.get("name"), str):
-                text += f" ({node['name']})"
-        elif isinstance(node, dict) and (part in node or i == len(loc) - 1) and part != "[key]":
-            text, node = f"{text}.{part}" if text else str(part), node.get(part)
-    return text or "file"

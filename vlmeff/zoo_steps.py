@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlmeff.zoo_schema import Entry, ModelRecord, Preset, StepOverride
+
+Kind = Literal["vlm", "video"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,17 @@ class Step:
         )
 
 
-def steps_of(preset: Preset, record: ModelRecord | None, entry: Entry | None) -> tuple[Step, ...]:
+def kind_of(record: ModelRecord) -> Kind:
+    """What kind of model a record is of."""
+    return "video" if record.task == "text-to-video" else "vlm"
+
+
+def steps_of(
+    preset: Preset, record: ModelRecord | None, entry: Entry | None, *, kind: Kind = "vlm"
+) -> tuple[Step, ...]:
+    """The steps of a preset for one kind of model, with the parameters of model and entry."""
     steps = []
-    for step in preset.steps:
+    for step in preset.steps if kind == "vlm" else preset.video:
         own = record.method_params.get(step.method, {}) if record else {}
         override = entry.overrides.get(step.method, StepOverride()) if entry else StepOverride()
         keep = step.keep if override.keep is None else override.keep

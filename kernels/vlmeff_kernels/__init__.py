@@ -7,7 +7,7 @@ of ``run`` and ``supports`` are those of the public function, by name, already c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -26,5 +26,37 @@ class BackEnd(Protocol):
         ...
 
 
-OPS: Mapping[str, Mapping[str, BackEnd]] = MappingProxyType({})
-"""Op name -> back-end name -> implementation. Empty: nothing is accelerated yet."""
+class _Later:
+    """A back end whose module is imported when it is first asked, so that importing this package stays light."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+
+    def supports(self, **arguments: Any) -> str | None:
+        reason: str | None = self._load().supports(**arguments)
+        return reason
+
+    def run(self, **arguments: Any) -> Any:
+        return self._load().run(**arguments)
+
+
+# Import statements and not importlib: torch.compile traces through them.
+def _torch_fp8() -> Any:
+    from vlmeff_kernels import torch_linear
+
+    return torch_linear.FP8_LINEAR
+
+
+def _torch_int8() -> Any:
+    from vlmeff_kernels import torch_linear
+
+    return torch_linear.INT8_LINEAR
+
+
+OPS: Mapping[str, Mapping[str, BackEnd]] = MappingProxyType(
+    {
+        "linear_w8a8_fp8": MappingProxyType({"torch": _Later(_torch_fp8)}),
+        "linear_w8a8_int8": MappingProxyType({"torch": _Later(_torch_int8)}),
+    }
+)
+"""Op name -> back-end name -> implementation."""

@@ -101,6 +101,31 @@ def save_quantized(
     return folder
 
 
+def save_pipeline(pipe: Any, folder: str | os.PathLike[str], *, producer: str = "rtn") -> Path:
+    """Write a pipeline of diffusers whose transformer, text encoder or both have quantized layers.
+
+    Raises:
+        ConfigError: no component has one.
+    """
+    folder = Path(folder)
+    parts = {name: part for name, part in pipe.components.items() if hasattr(part, "save_pretrained")}
+    quantized = {name for name, part in parts.items() if isinstance(part, nn.Module) and has_quantized(part)}
+    if not quantized:
+        raise ConfigError(f"save_pipeline: no component of {type(pipe).__name__} is quantized; quantize it first.")
+    for name, part in parts.items():
+        if name in quantized:
+            save_quantized(part, folder / name, producer=producer)
+        else:
+            part.save_pretrained(folder / name)
+    pipe.save_config(folder)
+    return folder
+
+
+def has_quantized(model: nn.Module) -> bool:
+    """Whether a model has a quantized layer."""
+    return any(isinstance(layer, QuantLinear) for layer in model.modules())
+
+
 def load_quantized(folder: str | os.PathLike[str], cls: Any = None, *, device: Any = None) -> nn.Module:
     """Load what ``save_quantized`` wrote, in evaluation mode.
 

@@ -51,8 +51,8 @@ class Quantized:
                 "the model again."
             )
         for name, original in self.originals.items():
-            device = self.model.get_submodule(name).qweight.device
-            self.model.set_submodule(name, original.to(device))
+            layer: Any = self.model.get_submodule(name)
+            self.model.set_submodule(name, original.to(layer.qweight.device).train(layer.training))
         self.originals = {}
         return self.model
 
@@ -121,7 +121,7 @@ def convert(
     progress: Progress | None = None,
 ) -> Quantized:
     """``quantize_`` with all rules given; for text encoders too."""
-    _refuse_casting(model)
+    _refuse_hooks(model)
     specs: dict[str, LayerSpec] = {scheme: get_scheme(scheme, group=group, rank=rank)}
 
     def spec_of(name: str) -> LayerSpec:
@@ -131,29 +131,44 @@ def convert(
     table = layer_report(choices, model, spec_of=spec_of)
     wanted = [choice for choice in choices if choice.scheme is not None]
     for choice in wanted:
-        device = model.get_parameter(f"{choice.name}.weight").device
-        check_hardware(spec_of(choice.scheme or ""), device)
+        weight = model.get_parameter(f"{choice.name}.weight")
+        if weight.is_meta:
+            raise IncompatibleError(
+                f"quantize: the weight of {choice.name} is not in memory (meta device): quantize before enabling "
+                "offload."
+            )
+        check_hardware(spec_of(choice.scheme or ""), weight.device)
     smooths = _smooths(model, wanted, spec_of, calibrate, alpha)
     result = Quantized(model, scheme, table, {}, calibrated=bool(smooths))
     made: dict[str, QuantLinear] = {}
-    for i, choice in enumerate(wanted):
-        original: Any = model.get_submodule(choice.name)
-        if choice.shared_with is not None:
-            layer = made[choice.shared_with]
-        else:
-            spec = spec_of(choice.scheme or "")
-            layer = QuantLinear.from_linear(
-                original, spec, smooth=smooths.get(choice.name), search=search, refine=refine
-            )
-            layer.train(original.training)
-        place(model, choice.name, layer)
-        made[choice.name] = layer
-        result.specs[choice.name] = layer.spec
-        if keep_original:
-            # Out of the accelerator's memory; on a CPU this is the same storage.
-            result.originals[choice.name] = original.to("cpu")
-        if progress is not None:
-            progress(i + 1, len(wanted))
+    biases: dict[str, Tensor | None] = {}
+    try:
+        for i, choice in enumerate(wanted):
+            original: Any = model.get_submodule(choice.name)
+            owner = choice.shared_with
+            if owner is not None and biases[owner] is original.bias:
+                layer = made[owner]
+            else:  # layers of one weight and two biases are two layers
+                spec = spec_of(choice.scheme or "")
+                layer = QuantLinear.from_linear(
+                    original, spec, smooth=smooths.get(choice.name), search=search, refine=refine
+                )
+                layer.train(original.training)
+            place(model, choice.name, layer)
+            made[choice.name], biases[choice.name] = layer, original.bias
+            result.specs[choice.name] = layer.spec
+            if keep_original:
+                # Out of the accelerator's memory; on a CPU this is the same storage.
+                result.originals[choice.name] = original
+                original.to("cpu")
+            if progress is not None:
+                progress(i + 1, len(wanted))
+    except BaseException as error:  # an interrupt too: a model that is half quantized must not stay behind
+        if result.originals:
+            result.restore()
+        elif made:
+            error.add_note("quantize: the model is partly quantized and its weights were not kept: load it again.")
+        raise
     link_siblings(made)
     return result
 
@@ -210,11 +225,19 @@ def _smooths(
     return smooths
 
 
-def _refuse_casting(model: nn.Module) -> None:
-    """diffusers' layerwise casting would cast codes; it marks the modules that it hooks."""
+def _refuse_hooks(model: nn.Module) -> None:
+    """diffusers' layerwise casting would cast codes, and its group offloading moves only the tensors that it has seen;
+    both mark the modules that they hook."""
     for name, module in model.named_modules():
         registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and registry.get_hook("layerwise_casting") is not None:
+        if registry is None:
+            continue
+        if registry.get_hook("group_offloading") is not None:
+            raise IncompatibleError(
+                f"quantize: {name or type(model).__name__} is offloaded (enable_group_offload): quantize before "
+                "enabling offload."
+            )
+        if registry.get_hook("layerwise_casting") is not None:
             raise IncompatibleError(
                 f"quantize: {name or type(model).__name__} casts its layers (enable_layerwise_casting); load the model "
                 "without it, quantized layers are smaller than cast ones."

@@ -223,7 +223,8 @@ def _wan(config: Any, counts: dict[str, int], m: int, t: int) -> Iterator[Part]:
     images = IMAGE_TOKENS if config.added_kv_proj_dim is not None else 0
     yield from _cross_blocks(sum(counts.values()), m, t, d, config.ffn_dim, images)
     if counts.get("vace_blocks"):
-        yield _linear("control projections", counts["vace_blocks"], m, d * d)
+        # proj_out of each control block, proj_in of the first
+        yield _linear("control projections", counts["vace_blocks"] + 1, m, d * d)
 
 
 def _ltx(config: Any, counts: dict[str, int], m: int, t: int) -> Iterator[Part]:

@@ -5,6 +5,7 @@ Shape letters: M tokens (leading dimensions flattened), K input features, N outp
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ from vlmeff.diffusion.schemes import LayerSpec
 from vlmeff.errors import QuantConfigError, UnsupportedInputError
 from vlmeff.ops.linear import SIGNED_OFFSET, dequantize_weight
 from vlmeff.ops.packing import pack_nibbles, unpack_nibbles
+
+logger = logging.getLogger(__name__)
 
 # Casting the model must not touch these: float32 scales rounded to bfloat16 are another model.
 PROTECTED = ("qweight", "w_scale", "w_zero", "a_clip", "smooth")
@@ -78,7 +81,7 @@ class QuantLinear(nn.Module):
             self.smooth.fill_(1.0)
         if spec.a_clip and self.a_clip is not None and not self.a_clip.is_meta:
             self.a_clip.fill_(1.0)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(_refresh)
 
     @classmethod
     def from_linear(
@@ -107,7 +110,12 @@ class QuantLinear(nn.Module):
             weight = weight * smooth.float()
         down = up = None
         if spec.rank:
-            down, up, weight = split_low_rank(weight, spec, rounds=refine)
+            if spec.rank > min(weight.shape):
+                logger.warning(
+                    "vlmeff: rank %d is more than a %dx%d layer can hold; it gets %d",
+                    *(spec.rank, *weight.shape, min(weight.shape)),
+                )
+            down, up, weight = split_low_rank(weight, spec, rounds=refine, dtype=linear.weight.dtype)
         zero = None
         if spec.weight == "fp8":
             codes, scale = quantizers.fp8(weight)
@@ -194,6 +202,8 @@ class QuantLinear(nn.Module):
             raise UnsupportedInputError(
                 "QuantLinear has no gradient: run under torch.no_grad(), or train with vlmeff.diffusion.qvgen."
             )
+        if x.shape[-1] != self.in_features:  # an odd K is packed as the even one above it: no op would notice
+            raise ValueError(f"QuantLinear: the input has {x.shape[-1]} features, the layer takes {self.in_features}.")
         flat = x.reshape(-1, x.shape[-1])
         out = self._product(x, flat)
         if self.lr_down is not None and self.lr_up is not None:
@@ -252,6 +262,13 @@ class QuantLinear(nn.Module):
 
         return super()._apply(guarded, recurse)  # type: ignore[return-value]
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # what fuse_projections and LoRA ask for
+            raise AttributeError(
+                "QuantLinear has no weight: fuse projections or LoRA before quantizing; dequantize() gives the weight."
+            )
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.spec.scheme}"
 
@@ -260,7 +277,8 @@ class QuantLinear(nn.Module):
 
 
 class SharedActivation:
-    """Lets layers of one input quantize it once: a memory of one entry, dropped when every member had it."""
+    """Lets layers of one input quantize it once: a memory of one entry, dropped with the input or when every member
+    had it."""
 
     def __init__(self, members: int) -> None:
         self.members = members
@@ -277,8 +295,13 @@ class SharedActivation:
                 self._entry = None
             return entry[2]
         values = quantize()
-        self._entry, self._uses = (weakref.ref(x), x._version, values), 1
+        self._entry, self._uses = (weakref.ref(x, self._forget), x._version, values), 1
         return values
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        """The input is no more: a member that was not called will not ask for it."""
+        if self._entry is not None and self._entry[0] is gone:
+            self._entry = None
 
 
 def share_activations(layers: list[QuantLinear]) -> None:
@@ -291,6 +314,13 @@ def share_activations(layers: list[QuantLinear]) -> None:
     memory = SharedActivation(len(layers))
     for layer in layers:
         layer.shared = memory
+
+
+def _refresh(layer: QuantLinear, _: Any) -> None:
+    """After loading; a function of the module, because a lambda cannot be pickled."""
+    if layer.smooth is not None:
+        layer.shared = None  # its smoothing vector may now differ from its siblings'
+    layer.refresh()
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -307,4 +337,5 @@ def _stored(codes: Tensor, spec: LayerSpec, zero: Tensor | None) -> Tensor:
         return codes.to(spec.codes_dtype)
     if spec.weight == "int":
         return pack_nibbles(codes.to(torch.int16) + SIGNED_OFFSET, pad=SIGNED_OFFSET)
-    return pack_nibbles(codes)
+    nothing = 0 if zero is None else zero[:, -1].float().round().clamp(0, 2**spec.w_bits - 1)  # the code of zero
+    return pack_nibbles(codes, pad=nothing)

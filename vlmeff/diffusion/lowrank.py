@@ -34,19 +34,22 @@ def truncated_svd(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return (basis @ u)[:, :rank], s[:rank], vh[:rank].T
 
 
-def split_low_rank(w: Tensor, spec: LayerSpec, *, rounds: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def split_low_rank(
+    w: Tensor, spec: LayerSpec, *, rounds: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split smoothed weights [N, K] into a branch and what is to be quantized.
 
     Args:
         rounds: how often the branch is fitted again, to what the codes of the remainder leave; the best round wins, so
             that more rounds are never worse in ``||W - branch - codes||``.
+        dtype: in which the branch is stored; it is rounded first, so that the codes make up for the rounding.
     Returns:
         (down [r, K], up [N, r], remainder [N, K]), float32.
     """
     target, best, least = w, None, torch.inf
     for _ in range(rounds + 1):
         u, s, v = truncated_svd(target, spec.rank)
-        up, down = u * s, v.T
+        up, down = (u * s).to(dtype).float(), v.T.to(dtype).float()
         rest = w - up @ down
         codes, scale = quantizers.symmetric(rest, spec.w_bits, spec.group, scale_dtype=spec.scale_dtype)
         quantized = quantizers.dequantize(codes, scale, group=spec.group)

@@ -147,8 +147,8 @@ def choose_layers(model: nn.Module, scheme: str, rules: Iterable[RuleLike]) -> l
     first: dict[int, LayerChoice] = {}
     choices = []
     for name, module in linears:
-        rule = next((rule for rule in ordered if rule.matches(name)), None)
-        wanted, reason, pattern = (rule.scheme, rule.reason, rule.pattern) if rule else (KEEP, UNNAMED, "")
+        first_match = next((rule for rule in ordered if rule.matches(name)), Rule("", KEEP, UNNAMED))
+        wanted, reason, pattern = first_match.scheme, first_match.reason, first_match.pattern
         given: str | None = {KEEP: None, DEFAULT: scheme}.get(wanted, wanted)
         shared = None
         if id(module.weight) in first:

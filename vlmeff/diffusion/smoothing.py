@@ -30,7 +30,10 @@ def channel_maxima(model: nn.Module, names: Iterable[str], run: Callable[[], Any
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen = args[0].detach().abs().flatten(0, -2).amax(0).float()
+            x = args[0].detach()
+            if not x.numel():
+                return
+            seen = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
             maxima[name] = torch.maximum(maxima[name], seen) if name in maxima else seen
 
         return hook
@@ -58,7 +61,7 @@ def smoothing_vector(activation: Tensor, weights: Sequence[Tensor], alpha: float
 
     Args:
         activation: [K] maxima.  weights: [N_i, K] of every layer that takes this input.
-        alpha: 0 leaves activations as they are, 1 makes them all alike.
+        alpha: 1 makes the channels of the activations alike, 0 those of the weights.
     Raises:
         ConfigError: alpha is not in [0, 1].
     """

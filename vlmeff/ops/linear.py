@@ -34,7 +34,7 @@ def linear_w8a8_int8(
     Returns:
         [M, N] of out_dtype.
     """
-    _check("linear_w8a8_int8", q, wq.shape[1], wq, bias)
+    _check("linear_w8a8_int8", q, wq, bias, ws, s=s, codes=torch.int8)
     return dispatch("linear_w8a8_int8", _w8a8_int8, q=q, s=s, wq=wq, ws=ws, bias=bias, out_dtype=out_dtype)
 
 
@@ -47,7 +47,7 @@ def linear_w8a8_fp8(
     q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """As ``linear_w8a8_int8`` with float8_e4m3fn codes; products are summed in float32 in no particular order."""
-    _check("linear_w8a8_fp8", q, wq.shape[1], wq, bias)
+    _check("linear_w8a8_fp8", q, wq, bias, ws, s=s, codes=torch.float8_e4m3fn)
     return dispatch("linear_w8a8_fp8", _w8a8_fp8, q=q, s=s, wq=wq, ws=ws, bias=bias, out_dtype=out_dtype)
 
 
@@ -70,7 +70,9 @@ def linear_wna16(
     Returns:
         [M, N] in x.dtype.
     """
-    _check("linear_wna16", x, wq.shape[1] if bits == 8 else None, wq, bias)
+    if bits != 8 and not 2 <= bits <= 4:
+        raise ValueError(f"linear_wna16: bits must be 8 or 2 to 4, got {bits}")
+    _check("linear_wna16", x, wq, bias, ws, wz=wz, group=group, packed=bits != 8)
     return dispatch("linear_wna16", _wna16, x=x, wq=wq, ws=ws, wz=wz, bias=bias, bits=bits, group=group)
 
 
@@ -91,7 +93,7 @@ def linear_w4a8_int8(
         q: [M, K] int8.  s: [M, 1], or [M, n_g] for activations that were quantized in the same groups, float32.
         wq: packed [N, ceil(K / 2)] uint8 (code + 8).  ws: [N, 1] or [N, n_g].  group: 0 for one scale per output.
     """
-    _check("linear_w4a8_int8", q, None, wq, bias)
+    _check("linear_w4a8_int8", q, wq, bias, ws, s=s, group=group, packed=True, codes=torch.int8)
     return dispatch("linear_w4a8_int8", _w4a8_int8, q=q, s=s, wq=wq, ws=ws, bias=bias, out_dtype=out_dtype, group=group)
 
 
@@ -130,7 +132,7 @@ def linear_wnan_int(
         q: [M, K] uint8 codes of at most 7 bits.  s: [M, 1] float32.  z, rowsum: [M, 1] int32.
         wq: packed [N, ceil(K / 2)] uint8.  ws, wz: [N, 1] float32, wz real-valued.  colsum: [N] int32, sums of codes.
     """
-    _check("linear_wnan_int", q, None, wq, bias)
+    _check("linear_wnan_int", q, wq, bias, ws, s=s, wz=wz, packed=True, codes=torch.uint8)
     arguments = {"q": q, "s": s, "z": z, "rowsum": rowsum, "wq": wq, "ws": ws, "wz": wz, "colsum": colsum}
     return dispatch("linear_wnan_int", _wnan_int, **arguments, bias=bias, out_dtype=out_dtype)
 
@@ -184,12 +186,36 @@ def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
-def _check(op: str, x: Tensor, k: int | None, wq: Tensor, bias: Tensor | None) -> None:
+def _check(
+    op: str,
+    x: Tensor,
+    wq: Tensor,
+    bias: Tensor | None,
+    ws: Tensor,
+    *,
+    s: Tensor | None = None,
+    wz: Tensor | None = None,
+    group: int = 0,
+    packed: bool = False,
+    codes: torch.dtype | None = None,
+) -> None:
     if x.ndim != 2:
         raise ValueError(f"{op}: the input must be [M, K], got {tuple(x.shape)}; flatten the leading dimensions")
-    fits = x.shape[1] == k if k is not None else wq.shape[1] == (x.shape[1] + 1) // 2
-    if wq.ndim != 2 or not fits:
-        what = f"[N, {x.shape[1]}]" if k is not None else f"packed [N, {(x.shape[1] + 1) // 2}]"
+    rows, k = x.shape
+    stored = (k + 1) // 2 if packed else k
+    if wq.ndim != 2 or wq.shape[1] != stored:
+        what = f"packed [N, {stored}]" if packed else f"[N, {stored}]"
         raise ValueError(f"{op}: wq must be {what} (from the input), got {tuple(wq.shape)}")
+    if codes is not None and x.dtype != codes:
+        raise TypeError(f"{op}: q must be {codes}, got {x.dtype}")
+    if codes is not None and not packed and wq.dtype != codes:
+        raise TypeError(f"{op}: wq must be {codes}, got {wq.dtype}")
+    groups = -(-k // group) if 0 < group < k else 1
+    for name, scale in (("ws", ws), ("wz", wz)):
+        if scale is not None and scale.shape != (len(wq), groups):
+            raise ValueError(f"{op}: {name} must be {[len(wq), groups]} (from wq and group), got {tuple(scale.shape)}")
+    # Without the last dimension a scale would broadcast along the wrong one where M = N.
+    if s is not None and s.shape not in ((rows, 1), (rows, groups)):
+        raise ValueError(f"{op}: s must be {[rows, 1]} (from q) or of the weights' groups, got {tuple(s.shape)}")
     if bias is not None and bias.shape != (len(wq),):
         raise ValueError(f"{op}: bias must be [{len(wq)}] (from wq), got {tuple(bias.shape)}")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-def pack_nibbles(codes: Tensor, *, pad: int = 0) -> Tensor:
+def pack_nibbles(codes: Tensor, *, pad: int | Tensor = 0) -> Tensor:
     """Pack codes into bytes: the low nibble holds even k, the high nibble odd k.
 
     Args:
         codes: [N, K] integers in 0..15.
-        pad: the code that fills the last high nibble of an odd K (kernels must not read it).
+        pad: the code that fills the last high nibble of an odd K, one for all rows or [N] (kernels must not read it).
     Returns:
         [N, ceil(K / 2)] uint8.
     Raises:
@@ -26,7 +26,8 @@ def pack_nibbles(codes: Tensor, *, pad: int = 0) -> Tensor:
         raise ValueError(f"pack_nibbles: codes must lie in 0..15, got {int(codes.min())}..{int(codes.max())}")
     codes = codes.to(torch.uint8)
     if codes.shape[1] % 2:
-        codes = torch.cat([codes, codes.new_full((len(codes), 1), pad)], dim=1)
+        filling = torch.as_tensor(pad, dtype=torch.uint8, device=codes.device).expand(len(codes))
+        codes = torch.cat([codes, filling[:, None]], dim=1)
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 

@@ -35,13 +35,15 @@ def act_quant_int8(x: Tensor, smooth: Tensor | None = None, *, bits: int = 8, gr
         TypeError, ValueError: an argument does not fit.
     """
     _check("act_quant_int8", x, smooth, bits)
+    if group < 0:
+        raise ValueError(f"act_quant_int8: group must be 0 (a whole token) or a number of channels, got {group}")
     return dispatch("act_quant_int8", _int8_reference, x=x, smooth=smooth, bits=bits, group=group)
 
 
 def _int8_reference(*, x: Tensor, smooth: Tensor | None, bits: int, group: int) -> tuple[Tensor, Tensor]:
     largest = 2 ** (bits - 1) - 1
     x = _smoothed(x, smooth)
-    scale = _scale_of(per_group(x.abs(), group).amax(-1), largest)
+    scale = _scale_of(_largest(per_group(x.abs(), group)), largest)
     codes = (x / spread(scale, group, x.shape[1])).round().clamp(-largest, largest)
     return codes.nan_to_num(0.0).to(torch.int8), scale
 
@@ -61,7 +63,7 @@ def act_quant_fp8(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tens
 
 def _fp8_reference(*, x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     x = _smoothed(x, smooth)
-    scale = _scale_of(per_group(x.abs(), 0).amax(-1), FP8_MAX)
+    scale = _scale_of(_largest(per_group(x.abs(), 0)), FP8_MAX)
     # The clamp is not for show: whether the cast saturates differs between versions of torch.
     return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
@@ -116,6 +118,10 @@ def per_group(x: Tensor, group: int) -> Tensor:
 def spread(scale: Tensor, group: int, k: int) -> Tensor:
     """Scales [..., n_g] for every channel: [..., K], or [..., 1] where one scale serves all."""
     return scale if scale.shape[-1] == 1 else scale.repeat_interleave(group, -1)[..., :k]
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
 
 
 def _scale_of(largest_value: Tensor, largest_code: float) -> Tensor:

@@ -24,9 +24,12 @@ Velocity = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 class Noising(Protocol):
-    """How noise is added. ``timesteps`` [1000] is what the transformer is told, one of which is drawn evenly."""
+    """How noise is added."""
 
-    timesteps: Tensor
+    @property
+    def timesteps(self) -> Tensor:
+        """[1000]: what the transformer is told, one of which is drawn evenly."""
+        ...
 
     def add(self, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
         """[B, ...] clips noised to ``timesteps[index]``, index [B] int64."""
@@ -49,7 +52,7 @@ class FlowNoising:
         return self.shift * even / (1 + (self.shift - 1) * even)
 
     @property
-    def timesteps(self) -> Tensor:  # type: ignore[override]
+    def timesteps(self) -> Tensor:
         return self.sigmas * TIMESTEPS
 
     def add(self, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class VariancePreservingNoising:
     alphas_cumprod: Tensor
 
     @property
-    def timesteps(self) -> Tensor:  # type: ignore[override]
+    def timesteps(self) -> Tensor:
         return torch.arange(TIMESTEPS)
 
     def add(self, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,30 @@ def check_pipeline(pipe: Any) -> None:
             f"{type(pipe).__name__}: clips can be encoded with a WanPipeline that has its VAE and text encoder. For "
             "another model write (latents, prompt embedding) pairs with vlmeff.diffusion.qvgen.data.write_clips."
         )
+
+
+def read_videos(folder: str | Path, *, frames: int | None = None, step: int = 4) -> Iterator[tuple[np.ndarray, str]]:
+    """(frames [F, H, W, 3] uint8, prompt) of every .mp4 in a folder that has a .txt of the same name beside it.
+
+    Args:
+        frames: the first so many of each; by default as many as there are, cut to ``step`` n + 1.
+    Raises:
+        DataError: no such pairs, or a video that is too short or cannot be decoded.
+    """
+    import imageio.v3 as iio
+
+    videos = [path for path in sorted(Path(folder).glob("*.mp4")) if path.with_suffix(".txt").is_file()]
+    if not videos:
+        raise DataError(
+            f"{str(folder)!r} holds neither shards of clips nor videos (.mp4) with their prompts beside them (.txt)."
+        )
+    for path in videos:
+        try:
+            video = np.stack(list(islice(iio.imiter(path), frames)))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"the video {str(path)!r} cannot be decoded: {error}") from error
+        if frames is not None and len(video) < frames:
+            raise DataError(f"the video {str(path)!r} has {len(video)} frames, fewer than {frames}.")
+        if frames is None:
+            video = video[: (len(video) - 1) // step * step + 1]
+        yield video, path.with_suffix(".txt").read_text(encoding="utf-8").strip()

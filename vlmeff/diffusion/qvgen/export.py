@@ -11,7 +11,7 @@ from torch import nn
 from vlmeff.diffusion.layers import QuantLinear
 from vlmeff.diffusion.quantizers import float_zero_codes
 from vlmeff.diffusion.qvgen.fake_quant import COMPAT_CLIP, FakeQuantLinear
-from vlmeff.diffusion.qvgen.prepare import fake_quant_layers
+from vlmeff.diffusion.qvgen.prepare import cast, fake_quant_layers
 from vlmeff.diffusion.schemes import LayerSpec, get_scheme
 from vlmeff.errors import ExportError
 
@@ -76,7 +76,8 @@ def export(transformer: nn.Module, *, dtype: torch.dtype | None = None, slots: S
     """Swap every fake-quantized layer for its packed form, in place; all or nothing.
 
     Args:
-        dtype: what the rest of the transformer, and the biases, are cast to; left alone by default.
+        dtype: what the rest of the transformer, and the biases, are cast to, but for the parts that diffusers keeps in
+            float32; left alone by default.
     Returns:
         The names of the layers.
     Raises:
@@ -96,6 +97,6 @@ def export(transformer: nn.Module, *, dtype: torch.dtype | None = None, slots: S
     for name, layer in everywhere:
         transformer.set_submodule(name, layer)
     if dtype is not None:
-        transformer.to(dtype)
+        cast(transformer, dtype)
     transformer.requires_grad_(False).eval()
     return list(packed)

@@ -37,6 +37,15 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def clamp_codes(x: Tensor, largest: int) -> Tensor:
+    """Clamp to 0..largest; the gradient passes inside, the end codes 0 and ``largest`` included.
+
+    Not ``Tensor.clamp``: in torch 2.13 it did so too, in 2.15 it gives the ends no gradient, which would freeze every
+    weight on the first or last code (a third of a Gaussian row at 2 bits, a twentieth at 4).
+    """
+    return torch.where((x >= 0) & (x <= largest), x, x.detach().clamp(0, largest))
+
+
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """x, bit for bit, whose gradient is multiplied by a factor."""
     small = x * factor
@@ -59,7 +68,7 @@ def fake_quant_weight(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) ->
     largest = 2**bits - 1
     factor = 1 / math.sqrt(weight.shape[1] * largest)
     scale, zero = scale_gradient(scale, factor), scale_gradient(zero, factor)
-    return scale * (round_ste(weight / scale + zero).clamp(0, largest) - zero)
+    return scale * (clamp_codes(round_ste(weight / scale + zero), largest) - zero)
 
 
 def fake_quant_activation(x: Tensor, clip: Tensor, bits: int, *, compat: Compat = None) -> Tensor:
@@ -88,7 +97,7 @@ def fake_quant_activation(x: Tensor, clip: Tensor, bits: int, *, compat: Compat 
     smallest = COMPAT_SMALLEST_SCALE if compat == "qvgen" else SMALLEST_SCALE
     scale = ((hi - lo) / largest).clamp(min=smallest)
     zero = (-lo / scale).detach().round().clamp(0, largest)
-    codes = (round_ste(x / scale) + zero).clamp(0, largest)
+    codes = clamp_codes(round_ste(x / scale) + zero, largest)
     return (scale * (codes - zero)).to(dtype)
 
 
@@ -231,6 +240,12 @@ class FakeQuantLinear(nn.Module):
         """Q_w(W), [N, K] float32, differentiable."""
         return fake_quant_weight(self.weight, self.w_scale, self.w_zero, self.w_bits)
 
+    def phi_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(L gamma [N, r0], R [r0, K]), whose product is Phi; None once it is gone."""
+        if self.phi_L is None or self.phi_R is None or self.gamma is None:
+            return None
+        return self.phi_L * self.gamma, self.phi_R
+
     def clip(self) -> Tensor:
         """The learned factors (c_lo, c_hi) of the current slot, [2]."""
         return self.a_clip.index_select(0, self.slot.view(1))[0].sigmoid()
@@ -248,8 +263,8 @@ class FakeQuantLinear(nn.Module):
                 x = fake_quant_activation(x, self.clip(), self.a_bits, compat=self.compat)
             if self.use_weight_quant:
                 weight = self.quantized_weight()
-            if self.use_phi and self.phi_L is not None:
-                weight = weight + (self.phi_L * self.gamma) @ self.phi_R
+            if self.use_phi and (factors := self.phi_factors()) is not None:
+                weight = weight + factors[0] @ factors[1]
         return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ full precision. Keys were read from the code; no hosted file was opened.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Literal
 
@@ -19,7 +20,7 @@ from vlmeff.errors import CheckpointError
 
 SCALE, ZERO = "wquantizer.scale", "wquantizer.zero_point"
 UPPER, LOWER = "aquantizer.upper", "aquantizer.lower"
-LEFT, RIGHT = "wquantizer.L", "wquantizer.R"
+LEFT = "wquantizer.L"
 Target = Literal["inference", "training"]
 
 
@@ -38,10 +39,21 @@ def convert_official(
     Returns:
         (state dict, names of the quantized layers); all other entries keep their values, ``X.w`` becomes ``X.weight``.
     Raises:
-        CheckpointError: a quantized layer lacks a part, its shapes do not fit, or its auxiliary module is left.
+        CheckpointError: a quantized layer lacks a part, or its shapes do not fit.
+
+    Factors of an auxiliary module that are left in the file are dropped with a warning, as the official inference drops
+    them: its training ends with them faded to almost nothing and does not delete them. How far they had faded is not in
+    the file, so a checkpoint from the middle of a training cannot be told apart.
     """
     check_bits(bits, bits if a_bits is None else a_bits)
     layers = sorted(key.removesuffix(f".{SCALE}") for key in state if key.endswith(f".{SCALE}"))
+    left = [name for name in layers if f"{name}.{LEFT}" in state]
+    if left:
+        warnings.warn(
+            f"{len(left)} layers ({left[0]}, ...) have an auxiliary module, which is dropped; the result is only "
+            "right if their training had come to its end.",
+            stacklevel=2,
+        )
     converted: dict[str, Tensor] = {}
     used: set[str] = set()
     for name in layers:
@@ -67,11 +79,6 @@ def _parts(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     for needed in ("w", ZERO, UPPER, LOWER):
         if f"{name}.{needed}" not in state:
             raise CheckpointError(f"{name}: the checkpoint has its {SCALE} and lacks {name}.{needed}.")
-    left = state.get(f"{name}.{LEFT}")
-    if left is not None and f"{name}.{RIGHT}" in state and left.numel():
-        raise CheckpointError(
-            f"{name}: its auxiliary module (rank {left.shape[-1]}) has not been removed; finish that training first."
-        )
     prefix = f"{name}."
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vlmeff.diffusion.families import rules_for
+from vlmeff.diffusion.layers import QuantLinear
 from vlmeff.diffusion.qvgen.fake_quant import Compat, FakeQuantLinear, PhiStart, check_bits
 from vlmeff.diffusion.rules import DEFAULT, Rule, RuleLike, choose_layers
 from vlmeff.errors import AlreadyQuantizedError, QuantConfigError
@@ -133,6 +134,17 @@ def parameter_groups(
         }
         for name, parameters in groups.items()
     ]
+
+
+def cast(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters in place, but not the parts that diffusers keeps in float32, nor codes and scales."""
+    float32 = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, module in transformer.named_modules():
+        if isinstance(module, QuantLinear):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            sensitive = float32 & {*name.split("."), own}
+            parameter.data = parameter.data.to(torch.float32 if sensitive else dtype)
 
 
 def set_switches(

@@ -167,12 +167,13 @@ class RankController:
                 f"mode={self.schedule.mode!r}."
             )
 
+    @torch.no_grad()
     def phi_share(self) -> float:
         """Mean over the layers of |Phi| / |W| (Frobenius norms, gamma applied)."""
         shares = [
-            product_norm(layer.phi_L * layer.gamma, layer.phi_R) / layer.weight.norm().clamp(min=1e-12)
-            if layer.phi_L is not None and layer.phi_R is not None
-            else layer.weight.new_zeros(())
+            layer.weight.new_zeros(())
+            if (factors := layer.phi_factors()) is None
+            else product_norm(*factors) / layer.weight.norm().clamp(min=1e-12)
             for layer in self.layers.values()
         ]
         return float(torch.stack(shares).mean()) if shares else 0.0

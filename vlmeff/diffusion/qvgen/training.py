@@ -24,7 +24,7 @@ from vlmeff.diffusion.qvgen.config import NOT_PART_OF_THE_RESULT, TrainingConfig
 from vlmeff.diffusion.qvgen.data import Clips, collate, order, split
 from vlmeff.diffusion.qvgen.denoising import TIMESTEPS, Noising, Velocity, noising_of, velocity_of
 from vlmeff.diffusion.qvgen.fake_quant import FakeQuantLinear, slot_of
-from vlmeff.diffusion.qvgen.prepare import parameter_groups, prepare_qat, set_slot, set_switches
+from vlmeff.diffusion.qvgen.prepare import cast, parameter_groups, prepare_qat, set_slot, set_switches
 from vlmeff.diffusion.qvgen.rank_decay import RankController
 from vlmeff.errors import CheckpointError, ConfigError, QuantConfigError, VlmeffError
 
@@ -49,6 +49,7 @@ class Training:
         layers: the fake-quantized layers by name; Phi is gone, unless ``phi="keep"``.
         history: rows of the log: "step", "loss", "grad_norm", "rank", "phi_share", "lr"; and "step", "validation",
             "validation_without_phi".
+        dtype: of the matrix products, which the parts that are not quantized can be stored in.
         seconds: of this call.
     """
 
@@ -56,6 +57,7 @@ class Training:
     layers: Mapping[str, FakeQuantLinear]
     config: TrainingConfig
     history: tuple[Row, ...]
+    dtype: torch.dtype
     seconds: float
 
     @property
@@ -155,8 +157,9 @@ class _Run:
             seed=config.seed,
         )
         self.student = transformer.train().requires_grad_(True)
-        if config.gradient_checkpointing and hasattr(transformer, "enable_gradient_checkpointing"):
-            transformer.enable_gradient_checkpointing()
+        block_checkpointing = getattr(transformer, "enable_gradient_checkpointing", None)
+        if config.gradient_checkpointing and callable(block_checkpointing):
+            block_checkpointing()
         self.step = 0
         self.history: list[Row] = []
         if saved is not None:
@@ -212,6 +215,7 @@ class _Run:
             layers=self.layers,
             config=config,
             history=tuple(self.history),
+            dtype=self.dtype,
             seconds=time.monotonic() - start,
         )
 
@@ -343,10 +347,7 @@ class _Run:
 def _frozen_copy(transformer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The teacher: a copy without gradients, in the precision of the run, its sensitive parts in float32."""
     teacher = copy.deepcopy(transformer).eval().requires_grad_(False)
-    float32 = [*(getattr(transformer, "_keep_in_fp32_modules", None) or ())]
-    for name, parameter in teacher.named_parameters():
-        sensitive = any(part in name.split(".") for part in float32)
-        parameter.data = parameter.data.to(torch.float32 if sensitive else dtype)
+    cast(teacher, dtype)
     return teacher
 
 
