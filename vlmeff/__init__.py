@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         TextTopK,
         VisionZip,
     )
+    from vlmeff.diffusion.plan import Quant
     from vlmeff.drawing import Overlay, overlays
     from vlmeff.errors import VlmeffError
     from vlmeff.loading import load
@@ -69,6 +70,7 @@ _HOMES = {
     "PerFrame": "tokenpruning",
     "PrefixKV": "kvcache",
     "PyramidKV": "kvcache",
+    "Quant": "vlmeff.diffusion.plan",
     "Random": "tokenpruning",
     "RandomKV": "kvcache",
     "Recipe": "kvcache",
@@ -117,6 +119,7 @@ __all__ = [
     "PerFrame",
     "PrefixKV",
     "PyramidKV",
+    "Quant",
     "Random",
     "RandomKV",
     "Recipe",

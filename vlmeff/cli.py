@@ -14,6 +14,9 @@ from rich.table import Table
 from vlmeff import __version__
 from vlmeff.cli_calibrate import calibrate_app
 from vlmeff.cli_eval import eval_app
+from vlmeff.cli_generate import generate_app
+from vlmeff.cli_quantize import quantize_command
+from vlmeff.cli_qvgen import train_qvgen
 from vlmeff.cli_serve import serve_command
 from vlmeff.errors import ConfigError, VlmeffError
 
@@ -22,6 +25,7 @@ zoo_app = typer.Typer(no_args_is_help=True, help="The model zoo: verified models
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(calibrate_app, name="calibrate")
 app.add_typer(eval_app, name="eval")
+app.add_typer(generate_app, name="generate")
 
 out = Console()
 err = Console(stderr=True)
@@ -200,6 +204,8 @@ def presets(
 
 
 app.command("serve")(serve_command)
+app.command("quantize")(quantize_command)
+app.command("train-qvgen")(train_qvgen)
 
 
 @zoo_app.command("list")

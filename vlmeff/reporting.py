@@ -299,8 +299,12 @@ def text_flops(model: Any, input_ids: Tensor, prompt_tokens: int, inner: InnerRe
     return rows * prefill_flops(config, [tokens - full + visual for _, visual in inner.processed]) / 1e9
 
 
-def report(model: Any) -> Report:
+def report(model: Any) -> Any:
     """What the last call of a wrapped model did.
+
+    Returns:
+        ``Report`` of a vision-language model; of a video model
+        ``vlmeff.diffusion.report.DiffusionReport``, which is there before the first call too.
 
     Raises:
         ConfigError: the model is not wrapped, or has not been called since.

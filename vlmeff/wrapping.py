@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from vlmeff import zoo
 from vlmeff.config import TokensArgument, make_plan
 from vlmeff.errors import ConfigError, UnsupportedModelError
 from vlmeff.vlm.wrapped import STATE, attach, detach
+
+if TYPE_CHECKING:
+    from vlmeff.diffusion.plan import Quant
 
 M = TypeVar("M")
 
@@ -23,7 +26,7 @@ def wrap(
     tokens: TokensArgument | None = None,
     kv: RetentionPolicy | str | Mapping[str, Any] | Literal[False] | None = None,
     text_speculation: object = None,
-    quant: object = None,
+    quant: Quant | str | Mapping[str, Any] | Literal[False] | None = None,
     draft: object = None,
     **overrides: Any,
 ) -> M:
@@ -34,7 +37,8 @@ def wrap(
     configuration.
 
     Args:
-        model: a transformers vision-language model (``vlmeff.presets()`` and the README list what is supported).
+        model: a transformers vision-language model, or a video pipeline or transformer of diffusers
+            (``vlmeff.presets()`` and the README list what is supported).
         preset: a name from ``model_zoo.yaml``; None applies only what is named.
         tokens: a token reduction method (``vlmeff.HiPrune(keep=0.5)``) or its name; replaces the preset's. A list
             joins one method before the language model with one inside it (``vlmeff.AdaptInfer``).
@@ -42,7 +46,8 @@ def wrap(
             arguments; replaces the preset's. Language models with full-attention layers will do, pictures or not. A
             preset's retention is left out of calls that it cannot take part in (static caches, torch.compile,
             training); ``kv=False`` leaves it out of all.
-        text_speculation, quant, draft: must be None in this version.
+        quant: for video models, a scheme's name, ``vlmeff.Quant("w8a8_int8")`` or False; replaces the preset's.
+        text_speculation, draft: must be None in this version.
         **overrides: fields of the token method or the policy, for example ``keep=0.5``; and
             ``newline`` ("drop", "keep", "rows"): which separators of tiled pictures stay;
             ``positions`` ("repack", "keep"): how the survivors of one-dimensional positions are numbered;
@@ -50,14 +55,23 @@ def wrap(
             ``min_visual_tokens``: requests with fewer per row are left alone;
             ``kv_storage`` ("int8", "int4", "int2"): how the entries that KV retention keeps are stored;
             ``kv_headroom`` (columns): allocated ahead, so that a step need not copy the cache.
+            Of video models: fields of ``vlmeff.Quant``; ``cache``: a feature cache of diffusers ("first_block") or
+            False; ``attention_backend``: one of diffusers'; ``compile``: compile the repeated blocks.
     Raises:
         UnsupportedModelError: nothing of what was asked for applies to this model.
         UnknownPresetError, UnknownNameError, ConfigError: an argument cannot work; the message names it.
     """
+    if is_diffusion(model):
+        from vlmeff.diffusion import plan as video
+        from vlmeff.diffusion.wrapped import attach as attach_video
+
+        inapplicable = {"tokens": tokens, "kv": kv, "text_speculation": text_speculation, "draft": draft}
+        attach_video(model, video.make_plan(model, preset, quant=quant, inapplicable=inapplicable, overrides=overrides))
+        return model
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UnsupportedModelError(
-            f"wrap: {type(model).__name__} is not a transformers model. Pass the model object itself, for example "
-            "AutoModelForImageTextToText.from_pretrained(...)."
+            f"wrap: {type(model).__name__} is neither a transformers model nor a diffusers pipeline. Pass the object "
+            "itself, for example AutoModelForImageTextToText.from_pretrained(...)."
         )
     unavailable = {"text_speculation": text_speculation, "quant": quant, "draft": draft}
     plan, family = make_plan(model, preset, tokens=tokens, kv=kv, unavailable=unavailable, overrides=overrides)
@@ -69,9 +83,19 @@ def unwrap(model: M) -> M:
     """Give back exactly the model that was wrapped. A model that is not wrapped is an error."""
     if not is_wrapped(model):
         raise ConfigError("unwrap: the model is not wrapped.")
-    assert isinstance(model, nn.Module)
-    detach(model)
+    if is_diffusion(model):
+        from vlmeff.diffusion.wrapped import detach as detach_video
+
+        detach_video(model)
+    else:
+        detach(model)  # type: ignore[arg-type]
     return model
+
+
+def is_diffusion(model: object) -> bool:
+    """Whether this is a pipeline or model of diffusers; does not import diffusers."""
+    names = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("diffusers.")}
+    return bool(names & {"DiffusionPipeline", "ModelMixin"})
 
 
 def is_wrapped(model: object) -> bool:
