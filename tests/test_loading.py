@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -55,3 +57,37 @@ def test_a_torchvision_of_another_torch_names_both_versions(monkeypatch: pytest.
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(EnvironmentMismatchError, match=r"torchvision .* does not fit torch .*nms.*pip install"):
         check_torchvision()
+
+
+def test_offline_nothing_is_asked_of_the_network_and_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        pytest.fail("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(ModelLoadError, match=r"offline.*hf download no-such-org/no-such-model --revision v1"):
+        vlmeff.load("no-such-org/no-such-model", revision="v1", local_files_only=True)
+
+
+def test_a_model_with_code_of_its_own_is_run_only_when_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    shutil.copytree(embedded_folder("tiny_llava"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.Own"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlavaConfig, LlavaForConditionalGeneration\n"
+        "class OwnConfig(LlavaConfig):\n    model_type = 'own'\n"
+        "class Own(LlavaForConditionalGeneration):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(ModelLoadError, match=r"code of its own.*--trust-remote-code"):
+        vlmeff.load(folder)
+    model, processor = vlmeff.load(folder, trust_remote_code=True)
+    assert type(model).__name__ == "Own"
+    assert hasattr(processor, "image_processor")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from vlmeff.errors import ConfigError
@@ -47,7 +47,12 @@ def evaluate_command(
     device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
     attention: Annotated[str | None, typer.Option(help="Attention implementation, such as sdpa.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of every answer; the benchmark's own.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents in one padded call; more than 1 takes no times.")] = 1,
     perf: Annotated[str, typer.Option(help="accuracy (no times), latency (32 documents) or both.")] = "both",
+    repeats: Annotated[int, typer.Option(help="Times that each document is timed; the median counts.")] = 1,
+    fixed_output: Annotated[
+        int | None, typer.Option(help="Generate so many tokens for every answer, so that times compare.")
+    ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Unmeasured answers before the first document.")] = 1,
     output: Annotated[Path, typer.Option(help="Where runs and reports are written.")] = Path("vlmeff-eval"),
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with what is there.")] = True,
@@ -56,6 +61,12 @@ def evaluate_command(
     engine: Annotated[str, typer.Option(help="local (also under torchrun) or ray.")] = "local",
     workers: Annotated[int | None, typer.Option(min=1, help="Of --engine ray; one per GPU, else one.")] = None,
     offline: Annotated[bool, typer.Option(help="Use no network, only what is there.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model (data sets: never).")
+    ] = False,
+    max_image_pixels: Annotated[int, typer.Option(help="A picture with more is an error, before it is decoded.")] = (
+        50_000_000
+    ),
     skip_bad_images: Annotated[bool, typer.Option(help="Count broken pictures as failures and go on.")] = False,
     max_error_rate: Annotated[float, typer.Option(help="Share of documents that may fail.")] = 0.01,
     rank_timeout: Annotated[float, typer.Option(help="Seconds that rank 0 waits for the others.")] = 86_400.0,
@@ -66,7 +77,7 @@ def evaluate_command(
     if context.invoked_subcommand is not None:
         return
     if show_list:
-        _list(data_root)
+        _list(data_root, as_json=as_json)
         return
     if perf not in ("accuracy", "latency", "both"):
         raise ConfigError(f"--perf {perf!r} must be accuracy, latency or both.")
@@ -104,10 +115,15 @@ def evaluate_command(
         skip_bad_images=skip_bad_images,
         max_error_rate=max_error_rate,
         rank_timeout=rank_timeout,
+        max_image_pixels=max_image_pixels,
+        batch_size=batch_size,
+        repeats=repeats,
+        fixed_output=fixed_output,
+        trust_remote_code=trust_remote_code,
     )
     shard = Shard.of_environment()
     shown = _Shown(quiet=shard.rank > 0)
-    progress = Progress(begin=shown.begin, step=shown.step, say=shown.say)
+    progress = Progress(begin=shown.begin, step=shown.step, say=shown.say, scored=shown.scored)
     with shown:
         if engine == "ray":
             from vlmeff.evaluation.ray_engine import evaluate_on_ray
@@ -120,7 +136,7 @@ def evaluate_command(
     pictures = {name: _Pictures(settings, name) for name in settings.benchmarks}
     about = [store.about["fingerprint"] for store in stores]
     results, where = _report(output, model, margin=margin, seed=seed, pictures=pictures, fingerprints=about)
-    _show(results, where, as_json=as_json)
+    _show(results, where, as_json=as_json, of_this_command=about)
     if fail_on_regression and results.regressions:
         err.print(f"inferior to the baseline: {', '.join(c.label for c in results.regressions)} (--fail-on-regression)")
         raise typer.Exit(REGRESSION)
@@ -149,29 +165,28 @@ def verify_command(
     data_root: Annotated[Path | None, typer.Option(help="Folder with a folder for each benchmark.")] = None,
     device: Annotated[str | None, typer.Option(help="For example cuda; the CPU when left out.")] = None,
     offline: Annotated[bool, typer.Option(help="Use no network, only what is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Run the benchmarks of a zoo entry again and compare with what it expects; 5 is returned when they differ."""
     import dataclasses
 
+    from vlmeff.evaluation import terminal
     from vlmeff.evaluation.runner import Progress
     from vlmeff.evaluation.verifying import verify_entry
 
     with _Shown(quiet=False) as shown:
-        progress = Progress(begin=shown.begin, step=shown.step, say=shown.say)
+        progress = Progress(begin=shown.begin, step=shown.step, say=shown.say, scored=shown.scored)
         checks = verify_entry(
             zoo_entry,
             output,
             progress=progress,
             change=lambda s: dataclasses.replace(s, data_root=data_root, device=device, offline=offline),
         )
-    table = Table(show_edge=False)
-    for column in ("benchmark", "figure", "run", "expected", "measured", "tolerance", ""):
-        table.add_column(column)
-    for check in checks:
-        measured = "none" if check.measured is None else f"{check.measured:.1f}"
-        cells = (f"{check.expected:.1f}", measured, f"{check.tolerance:.1f}", "holds" if check.holds else "differs")
-        table.add_row(check.benchmark, check.metric, check.run, *cells)
-    out.print(table)
+    if as_json:
+        told = [{**dataclasses.asdict(check), "holds": check.holds} for check in checks]
+        print(json.dumps({"zoo_entry": zoo_entry, "checks": told}))
+    else:
+        out.print(terminal.checks_table(checks))
     if not all(check.holds for check in checks):
         raise typer.Exit(REGRESSION)
 
@@ -181,12 +196,13 @@ def import_tsv_command(
     file: Annotated[Path, typer.Argument(help="A TSV of VLMEvalKit, with pictures in base64.")],
     benchmark: Annotated[str, typer.Option(help="The benchmark that it holds.")],
     out_folder: Annotated[Path, typer.Option("--out", help="The data root to put its folder into.")],
+    metric: Annotated[str | None, typer.Option(help="Of a benchmark of your own; guessed from its answers.")] = None,
 ) -> None:
     """Turn a TSV of VLMEvalKit into the folder that --data-root takes."""
     from vlmeff.evaluation.import_tsv import import_tsv
 
-    made = import_tsv(file, benchmark, out_folder)
-    out.print(f"{made}", highlight=False, soft_wrap=True)
+    made = import_tsv(file, benchmark, out_folder, metric=metric)
+    out.print(Text(str(made)), soft_wrap=True)
 
 
 @eval_app.command("schema")
@@ -205,18 +221,16 @@ def _names(text: str) -> tuple[str, ...]:
     return () if names == ("none",) else tuple(dict.fromkeys(names))
 
 
-def _list(data_root: Path | None) -> None:
-    from vlmeff.evaluation import benchmarks
+def _list(data_root: Path | None, *, as_json: bool) -> None:
+    from vlmeff.evaluation.terminal import listing
 
-    table = Table(show_edge=False)
-    for column in ("benchmark", "documents", "metric", "data"):
-        table.add_column(column)
-    for name in benchmarks.names(data_root):
-        benchmark = benchmarks.get(name, data_root)
-        count = "" if benchmark.expected_count is None else str(benchmark.expected_count)
-        kinds = ", ".join(type(source).__name__.lower() for source in benchmark.sources) or "folder"
-        table.add_row(name, count, benchmark.metric_name, kinds)
-    out.print(table)
+    table, found = listing(data_root)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        out.print(table)
+    for error in found["broken"].values():
+        err.print(Text(error), soft_wrap=True)
 
 
 def _report(folder: Path, model: str | None, **options: Any) -> tuple[Any, Path]:
@@ -229,50 +243,27 @@ def _report(folder: Path, model: str | None, **options: Any) -> tuple[Any, Path]
     return build_report(folder, **options), folder
 
 
-def _show(results: Any, folder: Path, *, as_json: bool) -> None:
+def _show(results: Any, folder: Path, *, as_json: bool, of_this_command: Collection[str] | None = None) -> None:
+    """``of_this_command``: fingerprints of the runs of an evaluation; the report may be of others as well."""
+    from vlmeff.evaluation import terminal
+
+    before = [] if of_this_command is None else [r for r in results.runs if r.fingerprint not in of_this_command]
+    if before:
+        named = ", ".join(f"{run.benchmark}: {run.label} ({run.created[:10]})" for run in before)
+        text = f"the report is also of runs of earlier commands in {folder.as_posix()}: {named}"
+        err.print(Text(f"{text}; another --output keeps them apart.", style="dim"))
     if as_json:
-        headline = [_headline(run, results.comparison_of(run)) for run in results.runs]
+        headline = terminal.headline(results)
+        for row, run in zip(headline, results.runs, strict=True):
+            row["earlier"] = run in before
         print(json.dumps({"results": (folder / "results.json").as_posix(), "headline": headline}))
         return
-    from vlmeff.evaluation.tables import number, signed
-
     for benchmark in results.benchmarks:
-        runs = results.runs_of(benchmark)
-        title = f"{benchmark}: {runs[0].metric}, {runs[0].metrics[runs[0].metric].n} documents"
-        table = Table(title=title, title_justify="left", show_edge=False)
-        for column in ("run", "visual tokens", "score", "difference (95 %)", "verdict", "TTFT ms", "KV KiB"):
-            table.add_column(column)
-        for run in runs:
-            compared, cost = results.comparison_of(run), run.cost
-            ttft = run.latency.ttft_ms.p50 if run.latency and run.latency.ttft_ms else None
-            cells = ["", ""]
-            if compared is not None:
-                low_high = compared.ci95 and " to ".join(signed(x, run.scale) for x in compared.ci95)
-                delta = signed(compared.delta, run.scale) + (f" ({low_high})" if low_high else "")
-                cells = [delta, compared.verdict]
-            table.add_row(
-                Text(run.label),  # "[ab12]" is no markup
-                f"{cost.visual_tokens_in:.4g} -> {cost.visual_tokens_kept:.4g}",
-                number(run.metrics[run.metric].value, run.scale),
-                *cells,
-                number(ttft),
-                number(cost.kv_bytes_prefill, 1 / 1024),
-            )
-        out.print(table)
+        out.print(terminal.benchmark_table(results, benchmark))
+        if (beside := terminal.controls_table(results, benchmark)) is not None:
+            out.print(beside)
     where = folder.as_posix()
     err.print(Text(f"{where}: results.md, results.json, frontier.png, regressions.html", style="dim"))
-
-
-def _headline(run: Any, compared: Any) -> dict[str, Any]:
-    return {
-        "benchmark": run.benchmark,
-        "run": run.label,
-        "metric": run.metric,
-        "value": run.metrics[run.metric].value,
-        "delta": None if compared is None else compared.delta,
-        "ci95": None if compared is None else compared.ci95,
-        "verdict": None if compared is None else compared.verdict,
-    }
 
 
 class _Pictures:
@@ -303,6 +294,7 @@ class _Shown:
         self._task: Any = None
         self._total = self._done = 0
         self._last = 0.0
+        self._scores = ""
 
     def __enter__(self) -> _Shown:
         if not self.quiet and sys.stderr.isatty():
@@ -322,19 +314,23 @@ class _Shown:
             err.print(Text(text, style="dim"))
 
     def begin(self, benchmark: str, done: int, total: int) -> None:
-        self._done, self._total = done, total
+        self._done, self._total, self._scores = done, total, ""
         self._last = time.monotonic()
         if done:
             self.say(f"{benchmark}: {done} of {total} documents are there already")
         if self._bar is not None:
             self._task = self._bar.add_task(benchmark, total=total, completed=done)
 
+    def scored(self, benchmark: str, so_far: Mapping[str, float]) -> None:
+        self._scores = ", ".join(f"{name} {100 * score:.1f}" for name, score in so_far.items())
+
     def step(self, benchmark: str, rows: list[Any]) -> None:
         self._done += 1
         kept = [row.visual_tokens_kept / row.visual_tokens_in for row in rows if row.visual_tokens_in]
         label = f"{benchmark}, tokens kept {min(kept):.0%}" if kept else benchmark
+        label += f", score so far: {self._scores}" if self._scores else ""
         if self._bar is not None:
             self._bar.update(self._task, advance=1, description=label)
         elif time.monotonic() - self._last > QUIET_SECONDS and not self.quiet:
             self._last = time.monotonic()
-            err.print(Text(f"{label}: {self._done} of {self._total} documents"))
+            err.print(Text(f"{label}: {self._done} of {self._total} documents"), soft_wrap=True)

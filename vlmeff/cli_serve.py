@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -38,10 +40,13 @@ def serve_command(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="An origin whose pages may ask (repeat for more); none when left out.")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Copies of the model on this machine, behind Ray Serve where more than one.")
+    ] = 1,
     log_level: Annotated[str, typer.Option(help=", ".join(LOG_LEVELS) + ".")] = "warning",
 ) -> None:
     """Serve a model with a preset to OpenAI clients: /v1/chat/completions, /v1/responses, /v1/models, /health."""
-    from vlmeff.integrations.server import serve
+    from vlmeff.integrations.server import serve as serve_one
     from vlmeff.integrations.server_fetch import check_address
     from vlmeff.integrations.server_gate import RequestLimits
     from vlmeff.integrations.server_images import PictureLimits
@@ -68,6 +73,11 @@ def serve_command(
         max_text_chars=max_text_chars,
         max_new_tokens=max_new_tokens,
     )
+    serve: Callable[..., None] = serve_one
+    if replicas > 1:
+        from vlmeff.integrations.server_replicas import serve_replicas
+
+        serve = functools.partial(serve_replicas, replicas)
     serve(
         model,
         None if preset == "none" else preset,

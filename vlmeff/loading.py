@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from vlmeff.environment import check_torchvision
 from vlmeff.errors import ConfigError, ModelLoadError, UnknownModelError
 from vlmeff.wrapping import wrap
 
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
 
 def load(
     name: str | os.PathLike[str],
@@ -22,6 +26,8 @@ def load(
     revision: str | None = None,
     dtype: Any = "auto",
     device: Any = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load a model and its processor.
@@ -31,9 +37,12 @@ def load(
             sets the preset), a local folder, or a hub id.
         preset: wrap the model with it; None leaves the model as it is.
         revision: commit or tag on the hub.  dtype: as in ``from_pretrained``.  device: moves the model there.
-        **kwargs: passed to ``from_pretrained``.
+        trust_remote_code: run the Python files that come with the model, where it needs them.
+        local_files_only: never ask the network; what is not in the hub's cache is an error.
+        **kwargs: passed to ``from_pretrained`` of the model.
     Returns:
-        (model in evaluation mode, processor); the processor of a text-only model is its tokenizer.
+        (model in evaluation mode, processor); the processor of a text-only model is its tokenizer, that of a video
+        pipeline or transformer is None.
     Raises:
         UnknownModelError: no such zoo name and neither a folder nor a hub id.
         ModelLoadError: the files are missing, broken or out of reach.
@@ -44,27 +53,73 @@ def load(
     source, entry_preset, pinned = _find(os.fspath(name))
     if pinned is not None and revision is None:
         revision = pinned
+    from vlmeff.diffusion import loading as video
+
+    with _without_network(local_files_only):
+        is_video = video.is_video(source, zoo.find_model(os.fspath(name)), local_files_only=local_files_only)
+    if is_video:
+        pipe = video.load_video(source, revision=revision, dtype=dtype, device=device, **kwargs)
+        preset = preset if preset is not None else entry_preset
+        return (wrap(pipe, preset) if preset is not None else pipe), None
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        takes_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        model_class = AutoModelForImageTextToText if takes_pictures else AutoModelForCausalLM
-        processor_class = AutoProcessor if takes_pictures else AutoTokenizer
-        processor = processor_class.from_pretrained(source, revision=revision)
-        model = model_class.from_pretrained(source, revision=revision, dtype=dtype, **kwargs)
+        with _without_network(local_files_only):
+            config = AutoConfig.from_pretrained(source, **common)
+            # A class of the model's own is not in transformers' table; its auto_map says what it is.
+            remote = getattr(config, "auto_map", None) or {}
+            takes_pictures = (
+                type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote
+            )
+            model_class = AutoModelForImageTextToText if takes_pictures else AutoModelForCausalLM
+            processor_class = AutoProcessor if takes_pictures else AutoTokenizer
+            processor = processor_class.from_pretrained(source, **common)
+            model = model_class.from_pretrained(source, dtype=dtype, **common, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(". ")
         raise ModelLoadError(
-            f"model {os.fspath(name)!r} could not be loaded: {reason}. Check the name, the network, or pass a local "
-            "folder with config.json, weights and processor files."
+            f"model {os.fspath(name)!r} could not be loaded: {reason}. {_remedy(source, revision, str(error), common)}"
         ) from error
     model.eval()
     if device is not None:
         model.to(device)
     preset = preset if preset is not None else entry_preset
     return (wrap(model, preset) if preset is not None else model), processor
+
+
+@contextmanager
+def _without_network(asked: bool) -> Iterator[None]:
+    """huggingface_hub's own offline mode: without it, it asks for other things than the files it was told to look for
+    on this machine (who runs it, to report that)."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or asked
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _remedy(source: str, revision: str | None, reason: str, asked: dict[str, Any]) -> str:
+    if "trust_remote_code" in reason and not asked["trust_remote_code"]:
+        return (
+            "The model comes with Python code of its own: read it, then pass trust_remote_code=True "
+            "(--trust-remote-code) to run it."
+        )
+    if not Path(source).is_dir() and (asked["local_files_only"] or _hub_is_off()):
+        pin = "" if revision is None else f" --revision {revision}"
+        return (
+            f"The network may not be used (offline) and the hub's cache lacks it: run `hf download {source}{pin}` "
+            "where there is a network, pass a local folder, or go online."
+        )
+    return "Check the name, the network, or pass a local folder with config.json, weights and processor files."
+
+
+def _hub_is_off() -> bool:
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE_VARIABLES)
 
 
 def _check_device(device: Any) -> None:

@@ -15,7 +15,9 @@ from question_folders import row, write_folder
 from vlmeff.errors import ConfigError, DataError, UnknownNameError
 from vlmeff.evaluation import benchmarks
 from vlmeff.evaluation.metrics import Metric
+from vlmeff.evaluation.mosaics import easy_vqa_questions
 from vlmeff.evaluation.prompts import LETTER, PHRASE
+from vlmeff.evaluation.questions import blind_answers, blind_prior, easy_vqa_items
 from vlmeff.evaluation.sources import Generated
 
 NAMES = ["vqav2_val", "gqa", "textvqa_val", "textvqa_val_ocr", "pope", "mme", "mmbench_en_dev", "scienceqa_img"]
@@ -114,6 +116,29 @@ def test_the_blind_prior_in_the_caption_is_that_of_the_data():
     assert set(right) == {"open", "shape", "color", "yes/no", "all"}
     for name, hits in right.items():
         assert f"{name} {100 * sum(hits) / len(hits):.1f} %" in note
+
+
+def test_the_blind_prior_of_scripts_and_of_the_caption_is_one_number():
+    (note,) = benchmarks.get("easy_vqa").caption_notes
+    for name, kinds in {
+        "open": ("color", "shape"),
+        "shape": ("shape",),
+        "color": ("color",),
+        "yes/no": ("yesno",),
+    }.items():
+        assert f"{name} {100 * blind_prior(easy_vqa_items(kinds=kinds)):.1f} %" in note
+    everything = easy_vqa_items(kinds=("color", "shape", "yesno"))
+    assert f"all {100 * blind_prior(everything):.1f} %" in note
+    # Of equally frequent answers the first one: there are such questions, and it is not the alphabet that decides.
+    _, questions, answers = zip(*easy_vqa_questions("train"), strict=True)
+    ties = 0
+    for question, best in blind_answers().items():
+        given = [a for q, a in zip(questions, answers, strict=True) if q == question]
+        most = max(given.count(a) for a in set(given))
+        equal = {a for a in given if given.count(a) == most}
+        ties += len(equal) > 1
+        assert best == next(a for a in given if a in equal)
+    assert ties == 2
 
 
 def test_a_folder_wins_over_the_package(tmp_path):

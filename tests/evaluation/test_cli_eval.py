@@ -13,9 +13,11 @@ import pytest
 
 from vlmeff import zoo
 from vlmeff.cli import main
+from vlmeff.cli_eval import _Shown
 from vlmeff.errors import ConfigError, UnknownNameError
 from vlmeff.evaluation import statistics, verifying
 from vlmeff.evaluation.results_schema import json_schema
+from vlmeff.evaluation.samples import SampleRow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,6 +100,12 @@ def test_a_regression_is_an_exit_code_where_it_is_asked_for(output, monkeypatch,
         (["--limit", "1.0"], 2, "E-USE-02"),
         (["--margin", "-1"], 2, "E-USE-02"),
         (["--margin", "nan"], 2, "E-USE-02"),
+        (["--repeats", "0"], 2, "E-USE-02"),
+        (["--batch-size", "0"], 2, "E-USE-02"),
+        (["--max-image-pixels", "0"], 2, "E-USE-02"),
+        (["--perf", "latency", "--batch-size", "2"], 2, "E-USE-03"),
+        (["--perf", "accuracy", "--fixed-output", "16"], 2, "E-USE-02"),
+        (["--model", "no-such-org/no-such-model", "--offline", "--presets", "none"], 4, "hf download no-such-org"),
         (["--dtype", "float31"], 2, "--dtype"),
         (["--data-root", "nowhere"], 2, "--data-root"),
         (["--workers", "2"], 2, "--engine ray"),
@@ -137,6 +145,49 @@ def test_another_limit_is_another_run_and_a_name_twice_is_one(monkeypatch, capsy
     assert [row["run"] for row in second] == ["baseline", "balanced"]
     results = json.loads((tmp_path / "results.json").read_text())
     assert any("left out" in note for note in results["notes"])
+
+
+def test_what_the_report_is_of_besides_this_command_is_said(monkeypatch, capsys, tmp_path):
+    common = ("--limit", 2, "--warmup", 0, "--controls", "none", "--output", tmp_path, "--json")
+    assert run(monkeypatch, "--presets", "balanced", *common) == 0
+    first = capsys.readouterr()
+    assert "earlier commands" not in first.err
+    assert run(monkeypatch, "--presets", "fast", "--no-resume", *common) == 0
+    second = capsys.readouterr()
+    said = " ".join(second.err.split())
+    assert "the report is also of runs of earlier commands" in said
+    assert "easy_vqa: balanced (" in said
+    assert "what was there is kept in" in said
+    headline = json.loads(second.out)["headline"]
+    assert {row["run"]: row["earlier"] for row in headline} == {"baseline": False, "fast": False, "balanced": True}
+    assert [p.name for p in tmp_path.rglob("*.bak-*")] == [
+        p.name for p in tmp_path.rglob("*") if p.name.startswith("baseline-") and ".bak-" in p.name
+    ]
+
+
+def test_options_reach_the_settings(monkeypatch, tmp_path):
+    seen = []
+
+    def evaluate(settings, **others):
+        seen.append(settings)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("vlmeff.evaluation.runner.evaluate", evaluate)
+    arguments = ["--batch-size", 3, "--repeats", 4, "--fixed-output", 5, "--trust-remote-code", "--max-image-pixels", 6]
+    assert run(monkeypatch, *arguments, "--output", tmp_path) == 2
+    (found,) = seen
+    values = (found.batch_size, found.repeats, found.fixed_output, found.trust_remote_code, found.max_image_pixels)
+    assert values == (3, 4, 5, True, 6)
+
+
+def test_a_line_of_progress_has_the_score_so_far(monkeypatch, capsys):
+    monkeypatch.setattr("vlmeff.cli_eval.QUIET_SECONDS", -1)
+    with _Shown(quiet=False) as shown:
+        shown.begin("pope", 0, 2)
+        shown.scored("pope", {"baseline": 1.0, "fast": 0.5})
+        shown.step("pope", [SampleRow(doc_id="a", visual_tokens_in=9, visual_tokens_kept=3)])
+    line = " ".join(capsys.readouterr().err.split())
+    assert line == "pope, tokens kept 33%, score so far: baseline 100.0, fast 50.0: 1 of 2 documents"
 
 
 def test_the_list_names_every_benchmark(monkeypatch, capsys):

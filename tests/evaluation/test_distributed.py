@@ -21,7 +21,7 @@ from vlmeff.evaluation.runner import Interrupted, Progress, Settings, Shard, eva
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 8
-TIMES = ("preprocess_ms", "ttft_ms", "e2e_ms", "peak_mem_bytes", "rank", "attempt")
+TIMES = ("preprocess_ms", "vision_ms", "score_ms", "ttft_ms", "e2e_ms", "peak_mem_bytes", "rank", "attempt")
 RUNS = ["baseline", "fast", "fast-random"]
 PATIENCE = 300  # seconds until a process counts as hung
 
@@ -142,12 +142,12 @@ def deadly(doc_id, flags, times):
     """A worker that is killed when it is asked about a document, so many times. Local, so that it travels by value."""
 
     class Deadly(ray_engine.Worker):
-        def answer(self, benchmark, asked, task, about):
+        def answer(self, benchmark, asked, tasks, about):
             before = len(list(flags.iterdir()))
-            if asked == doc_id and before < times:
+            if doc_id in asked and before < times:
                 (flags / str(before)).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().answer(benchmark, asked, task, about)
+            return super().answer(benchmark, asked, tasks, about)
 
     flags.mkdir()
     return Deadly
@@ -180,6 +180,16 @@ def test_a_worker_that_is_killed_is_replaced_and_its_document_asked_again(alone,
         evaluate_on_ray(settings(tmp_path / "out"), workers=2)
     assert len([w for w in caught if "was lost" in str(w.message)]) == 2
     assert untimed(tmp_path / "out") == alone
+
+
+@slow
+@on_ray
+def test_the_documents_of_a_batch_that_lost_its_worker_are_asked_one_by_one(alone, tmp_path, cluster, monkeypatch):
+    monkeypatch.setattr(ray_engine.Workers, "worker", deadly("easy_vqa/test/3", tmp_path / "flags", times=1))
+    with pytest.warns(UserWarning, match="lost at .* and 3 more .*asked again"):
+        evaluate_on_ray(settings(tmp_path / "out", perf="accuracy", batch_size=4), workers=1)
+    found = {name: [{**row, "timing_valid": True} for row in rows] for name, rows in untimed(tmp_path / "out").items()}
+    assert found == alone
 
 
 @slow

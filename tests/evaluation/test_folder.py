@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tracemalloc
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from question_folders import row, write_folder
 
 from vlmeff.errors import BadImageError, DataError
+from vlmeff.evaluation import folder as folder_module
 from vlmeff.evaluation.folder import FolderRows, Manifest
 
 
@@ -76,6 +78,57 @@ def test_a_broken_row_is_refused_with_its_line(tmp_path, reason):
         FolderRows(folder, "test")
 
 
+@pytest.fixture
+def warned(monkeypatch, caplog):
+    """Texts of the warnings; what was told before is forgotten."""
+    monkeypatch.setattr(folder_module, "_told", set())
+    caplog.set_level(logging.WARNING, logger="vlmeff")
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_unknown_keys_of_rows_are_named_once_with_what_may_be_meant(tmp_path, warned):
+    rows = [row(0, answr="yes"), row(1, answr="no", colour="red"), row(2, meta={"anything": 1})]
+    folder = write_folder(tmp_path / "b", rows)
+    loaded = FolderRows(folder, "test")
+    (text,) = warned()
+    assert "b/test.jsonl has unknown keys" in text
+    assert "'answr' in 2 rows (is 'answer' meant?)" in text
+    assert "'colour'" in text
+    assert "anything" not in text
+    assert [loaded[i].doc_id for i in range(3)] == ["doc/0", "doc/1", "doc/2"]
+    FolderRows(folder, "test")  # opened once more, told once
+    assert len(warned()) == 1
+
+
+def test_unknown_keys_of_a_manifest_are_named(tmp_path, warned):
+    folder = write_folder(tmp_path / "b", [row()], manifest={"licence": "MIT", "metrics": "exact"})
+    Manifest.read(folder)
+    (text,) = warned()
+    assert "b/manifest.json has unknown keys" in text
+    assert "'licence' (is 'license' meant?), 'metrics' (is 'metric' meant?)" in text
+
+
+def test_known_keys_are_no_reason_to_warn(tmp_path, warned):
+    full = {"choices": ["a"], "group": "g", "category": "c", "split": "s", "meta": {}}
+    manifest = {"metric": "exact", "prompt_suffix": "", "max_new_tokens": 3, "text_only": False, "license": "",
+                "source": "", "created": ""}  # fmt: skip
+    folder = write_folder(
+        tmp_path / "b", [row(0, **full), row(1, image=None, images=["images/0.png"])], manifest=manifest
+    )
+    Manifest.read(folder)
+    FolderRows(folder, "test")
+    assert warned() == []
+
+
+def test_what_is_wrong_comes_with_what_to_do(tmp_path):
+    for name, lines in (("line", ["{"]), ("row", [row(0, question=None)])):
+        with pytest.raises(DataError, match=r"Correct the line, or make the file again\.$"):
+            FolderRows(write_folder(tmp_path / name, lines), "test")
+    folder = write_folder(tmp_path / "hash", [row()], manifest={"sha256": {"test.jsonl": "0" * 64}})
+    with pytest.raises(DataError, match=r"get the data again, or correct the manifest"):
+        FolderRows(folder, "test").verify(Manifest.read(folder))
+
+
 def test_bytes_that_are_no_utf8_are_refused_with_their_line(tmp_path):
     folder = write_folder(tmp_path / "b", [row(0)])
     with (folder / "test.jsonl").open("ab") as file:
@@ -109,7 +162,15 @@ def test_a_manifest_that_does_not_fit_is_an_error(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"schema": "vlmeff.data/1", "count": true}', '{"schema": "vlmeff.data/2"}']
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"schema": "vlmeff.data/1", "text_only": 1}',
+        '{"schema": "vlmeff.data/1", "count": true}',
+        '{"schema": "vlmeff.data/2"}',
+    ],
 )
 def test_a_broken_manifest_is_an_error(tmp_path, content):
     folder = write_folder(tmp_path / "b", [row()])

@@ -139,3 +139,41 @@ def test_a_field_longer_than_csv_allows_by_default_is_read(tmp_path):
     assert len(text) > csv.field_size_limit()
     done = import_tsv(write_tsv(tmp_path / "x.tsv", [row(1, text)]), "gqa", tmp_path / "data")
     assert done.images == 1
+
+
+OWN = {
+    "choice": [row(1, A="x", B="y", answer="B"), row(2, A="x", B="y", answer="A")],
+    "yesno": [row(1, answer="Yes"), row(2, answer="no")],
+    "exact": [row(1, answer="Yes"), row(2, answer="red")],
+    "exact ": [row(1, A="x", B="y", answer="B"), row(2, answer="red")],
+    "exact  ": [row(1, answer="['yes', 'no']"), row(2, answer="yes")],
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_benchmark_of_ones_own_gets_the_metric_that_its_answers_are_for(tmp_path, name):
+    done = import_tsv(write_tsv(tmp_path / "x.tsv", OWN[name]), "mine", tmp_path / "data")
+    manifest = json.loads((done.folder / "manifest.json").read_text())
+    assert (manifest["metric"], done.metric, done.guessed) == (name.strip(), name.strip(), True)
+    made = benchmarks.get("mine", tmp_path / "data")  # which was refused for want of a metric
+    assert made.metric_name == name.strip()
+    assert len(made.load(data_root=tmp_path / "data")) == 2
+    assert str(done).startswith(
+        f"{tmp_path / 'data' / 'mine' / 'test'}.jsonl: 2 questions, 1 different pictures\nscored"
+    )
+    assert repr(name.strip()) in str(done).splitlines()[1]
+    assert "Imported(" not in str(done)
+
+
+def test_the_metric_can_be_named_and_is_checked(tmp_path):
+    file = write_tsv(tmp_path / "x.tsv", OWN["exact"])
+    done = import_tsv(file, "mine", tmp_path / "data", metric="anls")
+    assert json.loads((done.folder / "manifest.json").read_text())["metric"] == "anls"
+    assert str(done).endswith("mine/test.jsonl: 2 questions, 1 different pictures, scored by 'anls'")
+    with pytest.raises(DataError, match=r"^E-DATA-08: unknown metric 'exakt'\. Did you mean 'exact'"):
+        import_tsv(file, "other", tmp_path / "data", metric="exakt")
+    with pytest.raises(ConfigError, match="gqa is scored by 'exact_nopunct'"):
+        import_tsv(file, "gqa", tmp_path / "data", metric="exact")
+    done = import_tsv(file, "gqa", tmp_path / "data")
+    assert "metric" not in json.loads((done.folder / "manifest.json").read_text())
+    assert str(done).endswith("gqa/testdev.jsonl: 2 questions, 1 different pictures")

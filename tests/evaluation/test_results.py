@@ -207,6 +207,14 @@ def test_baseline_presets_controls_and_their_names(output: Path) -> None:
     assert [c.p_holm for c in results.comparisons] == pytest.approx([1, 1, 2**-14, 2**-14])
 
 
+def test_controls_stand_in_one_order_whenever_they_began(tmp_path: Path) -> None:
+    write_run(tmp_path, [row(str(i), 1.0) for i in range(12)])
+    for second, control in enumerate(("random", "downsample", "blank")):
+        created = f"2026-01-01T00:00:0{second}+00:00"
+        write_run(tmp_path, [row(str(i), 0.0) for i in range(12)], kind="control", control=control, created=created)
+    assert [run.label for run in build_report(tmp_path).runs] == ["baseline", "blank", "downsample", "random"]
+
+
 def test_a_preset_that_is_inferior_is_a_regression(tmp_path: Path) -> None:
     write_run(tmp_path, [row(str(i), 1.0) for i in range(50)])
     write_run(tmp_path, [row(str(i), float(i > 20)) for i in range(50)], kind="preset", preset="fast")

@@ -24,7 +24,7 @@ from vlmeff.evaluation.samples import SampleRow
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 6
-TIMES = ("preprocess_ms", "ttft_ms", "e2e_ms", "peak_mem_bytes", "rank", "attempt")
+TIMES = ("preprocess_ms", "vision_ms", "score_ms", "ttft_ms", "e2e_ms", "peak_mem_bytes", "rank", "attempt")
 RUNS = ["baseline", "fast", "fast-random", "fast-downsample", "blank"]
 
 
@@ -99,12 +99,20 @@ def test_controls_keep_as_many_tokens_and_blank_sees_nothing(whole):
 
 
 def test_times_are_there_and_in_order(whole):
-    for folder in folders(whole).values():
+    for name, folder in folders(whole).items():
         for line in (folder / "samples.jsonl").read_text().splitlines():
             row = json.loads(line)
+            if name == "blank":  # its answers may be used again, and then times mean nothing
+                assert not row["timing_valid"]
+                assert {row[t] for t in ("preprocess_ms", "vision_ms", "ttft_ms", "e2e_ms")} == {None}
+                continue
             assert row["timing_valid"]
-            assert 0 < row["ttft_ms"] <= row["e2e_ms"]
+            assert 0 < row["vision_ms"] < row["ttft_ms"] <= row["e2e_ms"]
             assert row["preprocess_ms"] > 0
+            if name == "baseline":
+                assert row["score_ms"] is None, "nothing is chosen"
+            else:
+                assert 0 < row["score_ms"] < row["ttft_ms"] - row["vision_ms"]
 
 
 def test_what_is_finished_is_not_run_again(whole, monkeypatch):
@@ -266,6 +274,61 @@ def test_a_preset_that_only_retains_the_cache_has_an_effect():
     answering.check_effect(spec, [less], [full])
     with pytest.raises(RunError, match="E-MODEL-03"):
         answering.check_effect(spec, [full], [full])
+
+
+def test_where_only_the_cache_can_shrink_and_its_size_is_unknown_nothing_is_concluded():
+    spec = RunSpec("preset", preset="kv", reduces=True)
+    full = SampleRow(doc_id="a", visual_tokens_in=9, visual_tokens_kept=9, prompt_tokens=20, kv_bytes_prefill=100)
+    answering.check_effect(spec, [dataclasses.replace(full, kv_bytes_prefill=None)], [full])
+    answering.check_effect(spec, [full], None)
+    cuts = dataclasses.replace(spec, parameters={"tokens": ["HiPrune()"]})
+    with pytest.raises(RunError, match="E-MODEL-03"):
+        answering.check_effect(cuts, [dataclasses.replace(full, kv_bytes_prefill=None)], [full])
+
+
+def test_the_blank_control_is_asked_once_for_each_question(tmp_path, monkeypatch):
+    asked = []
+    original = answering.generate_measured
+
+    def counted(model, inputs, **options):
+        asked.append(inputs["input_ids"].tolist())
+        return original(model, inputs, **options)
+
+    monkeypatch.setattr(answering, "generate_measured", counted)
+    (_, store) = evaluate(settings(tmp_path, presets=(), controls=("blank",), limit=30), shard=Shard())
+    questions = {json.loads(line)["question"] for line in (store.path / "samples.jsonl").open()}
+    assert len(questions) < 30
+    assert len(asked) == 30 + len(questions)
+
+
+def test_the_score_so_far_is_the_mean_over_the_rows_there_and_new(tmp_path):
+    told = []
+    progress = Progress(scored=lambda benchmark, so_far: told.append(dict(so_far)))
+    only = settings(tmp_path, controls=("blank",), perf="accuracy")
+    evaluate(only, shard=Shard(1, 2))
+    evaluate(only, shard=Shard(), progress=progress)
+    for name in ("baseline", "fast"):
+        rows = untimed(folders(tmp_path)[name])
+        scores = [row["scores"]["open"] for row in rows if "open" in row["scores"]]
+        assert told[-1][name] == pytest.approx(sum(scores) / len(scores))
+    assert set(told[-1]) == {"baseline", "fast"}
+    assert len(told) == LIMIT // 2
+
+
+def test_a_document_that_failed_once_is_not_merged_before_its_process_tried_it_again(tmp_path, monkeypatch):
+    only = settings(tmp_path, presets=(), controls=(), max_error_rate=0.5, rank_timeout=0.3)
+    bad = get("easy_vqa").load(limit=LIMIT).doc_ids[1]  # of rank 1
+    fail_at(monkeypatch, {bad})
+    evaluate(only, shard=Shard(1, 2))
+    evaluate(only, shard=Shard(0, 2))  # the first attempt of this launch has ended: merged with the failure
+    assert untimed(folders(tmp_path)["baseline"])[1]["error"]
+    monkeypatch.undo()
+    with pytest.raises(RunError, match=f"E-RUN-02: .*1 documents.*{bad}"):
+        evaluate(only, shard=Shard(0, 2))  # the next launch: rank 1 has not been there yet
+    evaluate(only, shard=Shard(1, 2))
+    evaluate(only, shard=Shard(0, 2))
+    assert untimed(folders(tmp_path)["baseline"])[1]["error"] is None
+    assert not list(tmp_path.rglob("ended.*"))
 
 
 def test_what_is_unknown_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):

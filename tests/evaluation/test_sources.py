@@ -180,7 +180,7 @@ def test_a_missing_split_or_field_of_a_saved_data_set_is_named(tmp_path):
 def test_an_id_that_occurs_twice_is_refused(tmp_path):
     rows = [ROWS["docvqa_val"][0] | {"image": png("red")}] * 2
     save(tmp_path, "docvqa_val", {"validation": table(rows)})
-    with pytest.raises(DataError, match=r"^E-DATA-03: the doc_id '9' occurs twice"):
+    with pytest.raises(DataError, match=r"^E-DATA-03: duplicate doc_id '9'"):
         benchmarks.get("docvqa_val").load(data_root=tmp_path)
 
 

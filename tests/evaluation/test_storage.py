@@ -96,6 +96,35 @@ def test_one_process_writes_and_the_lock_of_a_dead_one_is_taken(tmp_path):
         pass
 
 
+def test_a_run_that_is_being_written_is_not_moved_away_and_two_of_a_second_have_two_names(tmp_path):
+    made = store(tmp_path)
+    with RowWriter(made) as writer:
+        writer.write(row("a"))
+        with pytest.raises(RunError, match="E-RUN-01"):
+            made.move_away()
+    first = made.move_away()
+    assert (first / "samples.rank0.jsonl").exists()
+    second = store(tmp_path).move_away()
+    assert second != first
+    assert {first.name, second.name} == {p.name for p in made.path.parent.iterdir()}
+    assert store(tmp_path).rows() == {}
+    assert RunStore(tmp_path / "nowhere").move_away() is None
+
+
+def test_shares_that_have_ended_are_those_of_this_launch_and_are_gone_once_merged(tmp_path):
+    made = store(tmp_path)
+    with RowWriter(made) as writer:
+        writer.write(row("a"))
+    made.end_share(1, 3, "monday")
+    made.end_share(2, 3, "monday")
+    assert made.ended_shares(3, "monday") == {1, 2}
+    assert made.ended_shares(3, "tuesday") == made.ended_shares(2, "monday") == set()
+    made.begin_share(1)
+    assert made.ended_shares(3, "monday") == {2}
+    made.merge(["a"])
+    assert made.ended_shares(3, "monday") == set()
+
+
 @given(st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3), max_size=5))
 def test_the_fingerprint_does_not_depend_on_the_order_of_keys(inputs):
     assert fingerprint(inputs) == fingerprint(dict(reversed(inputs.items())))

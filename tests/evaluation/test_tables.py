@@ -73,7 +73,8 @@ def test_the_caption_says_what_the_figures_rest_on(results: Results) -> None:
 
 def test_tests_stand_in_a_table_of_their_own(results: Results) -> None:
     lines = tables.benchmark_table(results, "quiz").splitlines()
-    line = next(line for line in reversed(lines) if line.startswith("| a\\|b"))
+    start = next(i for i, line in enumerate(lines) if line.startswith("| against the baseline"))
+    line = next(line for line in lines[start:] if line.startswith("| a\\|b"))
     assert cells(line) == ["a\\|b", "0", "4", "0.12", "0.12", "10.0 %", "12.8", "90.0 %"]
 
 

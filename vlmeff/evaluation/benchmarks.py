@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, overload
 
-from vlmeff.errors import ConfigError, DataError, UnknownNameError
+from vlmeff.errors import ConfigError, DataError, UnknownNameError, VlmeffError
 from vlmeff.evaluation import prompts, sources
 from vlmeff.evaluation.folder import MANIFEST, FolderRows, Manifest
 from vlmeff.evaluation.metrics import FOLDER_METRICS, Metric, metrics
@@ -131,7 +131,8 @@ class Benchmark:
         known = (*self.folders, self.name)
         if content.get("benchmark", self.name) not in known:
             raise DataError(
-                f"E-DATA-04: {folder.name}/{MANIFEST} is of the benchmark {content['benchmark']!r}, not {self.name!r}."
+                f"E-DATA-04: {folder.name}/{MANIFEST} is of the benchmark {content['benchmark']!r}, not {self.name!r}: "
+                "move the folder to that name, or correct the manifest."
             )
         split = plain_name(split or content.get("split") or self.split, "split")
         rows = FolderRows(folder, split, max_pixels=pixels, text_only=self.text_only, check=self.check)
@@ -146,7 +147,10 @@ class Benchmark:
         members: dict[str, list[int]] = defaultdict(list)
         for index, (doc_id, group) in enumerate(zip(rows.doc_ids, rows.groups, strict=True)):
             if group is None:
-                raise DataError(f"E-DATA-03: document {doc_id!r} has no group, and {self.name} is scored by groups.")
+                raise DataError(
+                    f"E-DATA-03: document {doc_id!r} has no group, and {self.name} is scored by groups: give every row "
+                    "its group (the picture, or the base question)."
+                )
             members[group].append(index)
         for group, indices in members.items():
             self.complete(group, [rows[i] for i in indices])
@@ -216,6 +220,17 @@ def names(data_root: Path | str | None = None) -> list[str]:
     return sorted(set(_registered) | own)
 
 
+def every(data_root: Path | str | None = None) -> tuple[list[Benchmark], dict[str, VlmeffError]]:
+    """All benchmarks that ``names`` lists, and what is wrong with the folders below ``data_root`` that are broken."""
+    found, broken = [], {}
+    for name in names(data_root):
+        try:
+            found.append(get(name, data_root))
+        except VlmeffError as error:
+            broken[name] = error
+    return found, broken
+
+
 def register(benchmark: Benchmark) -> Benchmark:
     """Add a benchmark under its name; a name that is taken raises."""
     if benchmark.name in _registered:
@@ -233,7 +248,9 @@ def parse_limit(text: str) -> int | float:
     try:
         limit = int(text) if text.strip().lstrip("+-").isdecimal() else float(text)
     except ValueError as error:
-        raise ConfigError(f"E-USE-02: limit={text!r} is no number.") from error
+        raise ConfigError(
+            f"E-USE-02: limit={text!r} is no number: use a number of groups (100) or a share of them (0.1)."
+        ) from error
     check_limit(limit)
     return limit
 

@@ -1,15 +1,24 @@
-"""How a run compares with its baseline, and what presets keep over several benchmarks. No torch."""
+"""How a run compares with its baseline and with its controls, and what presets keep over benchmarks. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from vlmeff.errors import DataError
 from vlmeff.evaluation import statistics
-from vlmeff.evaluation.results_schema import CategoryDelta, Comparison, McNemar, Retained, Speedup
+from vlmeff.evaluation.results_schema import (
+    CategoryDelta,
+    Comparison,
+    ControlComparison,
+    ControlVerdict,
+    McNemar,
+    Retained,
+    Speedup,
+)
 from vlmeff.evaluation.runs import (
     POINTS,
     Loaded,
@@ -26,19 +35,81 @@ from vlmeff.evaluation.statistics import Pairs
 MOST_CATEGORIES = 64
 
 
-def join(baseline: Loaded, candidate: Loaded, *, allow_partial: bool) -> Pairs:
+def join(reference: Loaded, candidate: Loaded, *, allow_partial: bool) -> Pairs:
     """The documents of both runs, paired by id; raises E-STAT-01 when they come from different data or prompts."""
-    ours, theirs = baseline.folder.data, candidate.folder.data
+    ours, theirs = reference.folder.data, candidate.folder.data
     for name, one, other in zip(("data id", "data revision", "data hash", "prompt"), ours, theirs, strict=True):
         if one != other:
             raise DataError(
-                f"E-STAT-01: {candidate.run.id} and its baseline {baseline.run.id} differ in their {name}: {other!r} "
-                f"and {one!r}. Evaluate both on the same data with the same vlmeff."
+                f"E-STAT-01: different prompt or data fingerprint: {candidate.run.id} and {reference.run.id}, which it "
+                f"is compared with, differ in their {name}: {other!r} and {one!r}. Evaluate both on the same data with "
+                "the same vlmeff."
             )
     try:
-        return statistics.join(baseline.rows, candidate.rows, allow_partial=allow_partial)
+        return statistics.join(reference.rows, candidate.rows, allow_partial=allow_partial)
     except DataError as error:
-        raise DataError(f"{error} (baseline {baseline.run.id}, candidate {candidate.run.id})") from error
+        raise DataError(f"{error} (candidate {candidate.run.id}, compared with {reference.run.id})") from error
+
+
+def controls_of(preset: Loaded, controls: Sequence[Loaded]) -> list[Loaded]:
+    """The controls that ``preset`` has to beat: those made for its name, and those made for no preset (blank)."""
+    return [c for c in controls if c.run.preset is None or c.run.preset == preset.run.preset]
+
+
+@dataclass(frozen=True, eq=False)
+class _Difference:
+    """``drawn``: candidate - reference and its bootstrap. ``scored``: (before, after, row) of its documents.
+
+    ``reference``: the score that the difference starts from.
+    """
+
+    scored: list[tuple[float, float, SampleRow]]
+    drawn: statistics.Bootstrap
+    reference: float
+    detectable: float | None
+
+    @property
+    def change(self) -> np.ndarray:
+        return np.array([after - before for before, after, _ in self.scored])
+
+    @property
+    def groups(self) -> list[str]:
+        return [statistics.group_of(row) for *_, row in self.scored]
+
+    def mcnemar(self) -> McNemar:
+        better, worse = int((self.change > 0).sum()), int((self.change < 0).sum())
+        return McNemar(b=better, c=worse, p=statistics.mcnemar(better, worse))
+
+
+def _difference(reference: Loaded, candidate: Loaded, pairs: Pairs, seed: int) -> _Difference:
+    """The paired difference of the headline figure, through the metric's aggregate where that is no mean."""
+    metric, benchmark = metric_of(candidate.folder), candidate.run.benchmark
+    scored = [
+        (before, after, row)
+        for row, b, c in zip(pairs.baseline, pairs.baseline, pairs.candidate, strict=True)
+        if (before := document_score(b, metric.per_document)) is not None
+        and (after := document_score(c, metric.per_document)) is not None
+    ]
+    if not scored:
+        raise DataError(
+            f"E-STAT-01: the runs do not cover the same doc ids: no document of {candidate.run.id} and "
+            f"{reference.run.id} has the score {metric.per_document!r} in both. Evaluate both with this version."
+        )
+    change = np.array([after - before for before, after, _ in scored])
+    groups = [statistics.group_of(row) for *_, row in scored]
+    if reference.is_mean and candidate.is_mean:
+        drawn = statistics.bootstrap_mean(change, groups, rng=np.random.default_rng(seed_of(seed, benchmark)))
+        start = float(np.mean([before for before, *_ in scored]))
+        return _Difference(
+            scored, drawn, start, statistics.detectable_difference(len(change), float(np.mean(change**2)))
+        )
+    ours = _through_aggregate(reference, pairs.baseline, pairs, seed)
+    theirs = _through_aggregate(candidate, pairs.candidate, pairs, seed)
+    distribution = theirs.distribution - ours.distribution
+    interval = statistics.percentile_interval(distribution)
+    drawn = statistics.Bootstrap(theirs.value - ours.value, interval, distribution)
+    spread = float(np.nanstd(distribution)) if distribution.size else 0.0
+    return _Difference(scored, drawn, ours.value, statistics.Z * spread or None)
 
 
 def compare(
@@ -49,43 +120,16 @@ def compare(
     ``margin`` is in points; for scores in points of their own it is a percentage of the baseline's score. The retained
     share takes the baseline's score as given: 100 (1 + difference / baseline).
     """
-    metric, benchmark = metric_of(candidate.folder), candidate.run.benchmark
-    scored = [
-        (before, after, row)
-        for row, b, c in zip(pairs.baseline, pairs.baseline, pairs.candidate, strict=True)
-        if (before := document_score(b, metric.per_document)) is not None
-        and (after := document_score(c, metric.per_document)) is not None
-    ]
-    if not scored:
-        raise DataError(
-            f"E-STAT-01: no document of {candidate.run.id} and its baseline has the score {metric.per_document!r}. "
-            "Evaluate both with this version."
-        )
-    change = np.array([after - before for before, after, _ in scored])
-    groups = [statistics.group_of(row) for *_, row in scored]
-    if baseline.is_mean and candidate.is_mean:
-        drawn = statistics.bootstrap_mean(change, groups, rng=np.random.default_rng(seed_of(seed, benchmark)))
-        reference = float(np.mean([before for before, *_ in scored]))
-        detectable = statistics.detectable_difference(len(change), float(np.mean(change**2)))
-    else:
-        ours = _through_aggregate(baseline, pairs.baseline, pairs, seed)
-        theirs = _through_aggregate(candidate, pairs.candidate, pairs, seed)
-        reference = ours.value
-        distribution = theirs.distribution - ours.distribution
-        drawn = statistics.Bootstrap(
-            theirs.value - ours.value, statistics.percentile_interval(distribution), distribution
-        )
-        spread = float(np.nanstd(distribution)) if distribution.size else 0.0
-        detectable = statistics.Z * spread or None
+    metric, found = metric_of(candidate.folder), _difference(baseline, candidate, pairs, seed)
+    drawn, reference, change = found.drawn, found.reference, found.change
     accepted = margin / 100 * (abs(reference) if candidate.folder.info["metric"] in POINTS else 1.0)
-    better, worse = int((change > 0).sum()), int((change < 0).sum())
     retained = 100 * (1 + drawn.distribution / reference) if reference > 0 else np.empty(0)
     comparison = Comparison(
         baseline=baseline.run.id,
         candidate=candidate.run.id,
         label=candidate.run.label,
         kind=candidate.run.kind,
-        benchmark=benchmark,
+        benchmark=candidate.run.benchmark,
         metric=metric.headline,
         n=len(change),
         unmatched=pairs.unmatched,
@@ -93,19 +137,49 @@ def compare(
         ci95=drawn.interval,
         resamples=drawn.distribution.size,
         margin=accepted,
-        verdict=statistics.verdict(drawn.interval, accepted, groups=len(set(groups))),
-        mcnemar=McNemar(b=better, c=worse, p=statistics.mcnemar(better, worse)) if metric.binary else None,
-        detectable=detectable,
+        verdict=statistics.verdict(drawn.interval, accepted, groups=len(set(found.groups))),
+        mcnemar=found.mcnemar() if metric.binary else None,
+        detectable=found.detectable,
         agreement=statistics.agreement(pairs),
-        churn=(better + worse) / len(change),
+        churn=int((change != 0).sum()) / len(change),
         retained=100 * (1 + drawn.value / reference) if reference > 0 else None,
         retained_ci95=statistics.percentile_interval(retained),
         token_ratio=_ratio_of_sums(pairs, _tokens_seen),
         kv_ratio=_ratio_of_sums(pairs, lambda row: row.kv_bytes_prefill),
         speedup=_speedup(baseline, candidate, pairs, seed),
-        categories=_by_category(scored, seed_of(seed, benchmark)),
+        categories=_by_category(found.scored, seed_of(seed, candidate.run.benchmark)),
     )
     return comparison, retained
+
+
+def compare_with_control(control: Loaded, preset: Loaded, pairs: Pairs, *, seed: int) -> ControlComparison:
+    """What a preset is worth beyond a control (before Holm's adjustment): preset - control on the documents of both.
+
+    ``pairs``: of ``join(control, preset)``. Groups are drawn as for every other interval of the benchmark.
+    """
+    metric, found = metric_of(preset.folder), _difference(control, preset, pairs, seed)
+    return ControlComparison(
+        preset=preset.run.id,
+        control=control.run.id,
+        preset_label=preset.run.label,
+        control_label=control.run.label,
+        benchmark=preset.run.benchmark,
+        metric=metric.headline,
+        n=len(found.scored),
+        unmatched=pairs.unmatched,
+        delta=found.drawn.value,
+        ci95=found.drawn.interval,
+        resamples=found.drawn.distribution.size,
+        verdict=_beaten(found.drawn.interval, len(set(found.groups))),
+        mcnemar=found.mcnemar() if metric.binary else None,
+        token_ratio=_ratio_of_sums(pairs, _tokens_seen),
+    )
+
+
+def _beaten(interval: tuple[float, float] | None, groups: int) -> ControlVerdict:
+    if interval is None or groups < statistics.FEWEST_GROUPS:
+        return "inconclusive"
+    return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "inconclusive"
 
 
 def _through_aggregate(side: Loaded, rows: Sequence[SampleRow], pairs: Pairs, seed: int) -> statistics.Bootstrap:
@@ -176,6 +250,13 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
         tests = [(c.candidate, c.mcnemar.p) for c in comparisons if c.kind == family and c.mcnemar is not None]
         adjusted.update(zip([i for i, _ in tests], statistics.holm([p for _, p in tests]), strict=True))
     return [c.model_copy(update={"p_holm": adjusted.get(c.candidate)}) for c in comparisons]
+
+
+def adjust_controls(comparisons: Sequence[ControlComparison]) -> list[ControlComparison]:
+    """Holm's adjustment over every preset, control and benchmark: one family of tests."""
+    tested = [(i, c.mcnemar.p) for i, c in enumerate(comparisons) if c.mcnemar is not None]
+    adjusted = dict(zip([i for i, _ in tested], statistics.holm([p for _, p in tested]), strict=True))
+    return [c.model_copy(update={"p_holm": adjusted.get(i)}) for i, c in enumerate(comparisons)]
 
 
 def summarise(comparisons: Sequence[Comparison], resampled: Mapping[tuple[str, str], np.ndarray]) -> list[Retained]:

@@ -20,7 +20,7 @@ from PIL import Image
 from tokenpruning import Method, Selector
 from vlmeff.config import Plan, described, make_plan
 from vlmeff.errors import ConfigError, UnknownNameError
-from vlmeff.evaluation.runner import CONTROLS
+from vlmeff.evaluation.settings import CONTROLS
 from vlmeff.vlm.families import Family
 from vlmeff.vlm.wrapped import attach, detach
 from vlmeff.wrapping import is_wrapped
@@ -52,6 +52,11 @@ class RunSpec:
     def name(self) -> str:
         """Of its folder: "baseline", "fast", "fast-random", "blank"."""
         return "-".join(filter(None, (self.preset, self.control))) or self.kind
+
+    @property
+    def sees_nothing(self) -> bool:
+        """Whether its answers follow from the prompt and the pictures' sizes alone, so that they can be used again."""
+        return self.plan is None and self.control == "blank"
 
     def apply(self, model: Any) -> None:
         """Make ``model`` answer like this. Nothing is worked out again, so runs can take turns."""

@@ -7,10 +7,13 @@ million questions takes no more memory than their ids.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import logging
 from array import array
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,9 +23,19 @@ from vlmeff.evaluation.images import FileImage, inside
 from vlmeff.evaluation.samples import Sample
 from vlmeff.pictures import MAX_PIXELS
 
+logger = logging.getLogger("vlmeff")
+
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "vlmeff.data/1"
 MAX_CHOICES = 26
+REMEDY = "Correct the line, or make the file again."
+# Of manifest and row, with the type that each must have; text_only must be true or false.
+MANIFEST_KEYS = {
+    "schema": str, "benchmark": str, "split": str, "count": int, "sha256": dict, "metric": str, "prompt_suffix": str,
+    "max_new_tokens": int, "text_only": bool, "license": str, "source": str, "created": str,
+}  # fmt: skip
+ROW_KEYS = "doc_id image images question answer answers choices group category split meta".split()
+_told: set[str] = set()  # warnings that were given: a folder is opened several times
 LAYOUT = """\
   <data-root>/{name}/
     manifest.json    optional: {{"schema": "vlmeff.data/1", "benchmark": "{name}", "split": "{split}", "count": 9000}}
@@ -49,20 +62,25 @@ class Manifest:
         try:
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"E-DATA-04: {folder.name}/{MANIFEST} is no JSON file: {error}") from error
+            raise DataError(
+                f"E-DATA-04: {folder.name}/{MANIFEST} is no JSON file: {error}. Correct or remove it."
+            ) from error
         if not isinstance(content, dict) or content.get("schema") != MANIFEST_SCHEMA:
             raise DataError(
                 f'E-DATA-04: {folder.name}/{MANIFEST} must be an object with "schema": "{MANIFEST_SCHEMA}".'
             )
-        types = {"benchmark": str, "split": str, "count": int, "sha256": dict, "metric": str, "prompt_suffix": str}
-        types |= {"max_new_tokens": int, "license": str, "source": str, "created": str}
-        for key, kind in types.items():
-            if key in content and (not isinstance(content[key], kind) or isinstance(content[key], bool)):
+        for key, kind in MANIFEST_KEYS.items():
+            # True is an int to Python, not to JSON.
+            if key in content and (
+                isinstance(content[key], bool) != (kind is bool) or not isinstance(content[key], kind)
+            ):
+                wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
                 raise DataError(
-                    f"E-DATA-04: {folder.name}/{MANIFEST}: {key} must be of type {kind.__name__}, not {content[key]!r}."
+                    f"E-DATA-04: {folder.name}/{MANIFEST}: {key} must be {wanted}, not {content[key]!r}. Correct it."
                 )
-        if not isinstance(content.get("text_only", False), bool):
-            raise DataError(f"E-DATA-04: {folder.name}/{MANIFEST}: text_only must be true or false.")
+        _warn_of_unknown(
+            f"{folder.name}/{MANIFEST}", folder, dict.fromkeys(content.keys() - MANIFEST_KEYS, 1), MANIFEST_KEYS
+        )
         return cls(content)
 
 
@@ -97,12 +115,15 @@ class FolderRows:
         self.doc_ids: list[str] = []
         self.groups: list[str | None] = []
         self._offsets, self._lines = array("Q"), array("Q")
+        unknown = Counter[str]()
         digest, offset, seen = hashlib.sha256(), 0, dict[str, int]()
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 digest.update(line)
                 if line.strip():
-                    sample = self._sample(line, number)
+                    row = self._parsed(line, number)
+                    sample = self._sample(row, number)
+                    unknown.update(row.keys() - set(ROW_KEYS))
                     if sample.doc_id in seen:
                         self._broken(number, f"doc_id {sample.doc_id!r} is that of line {seen[sample.doc_id]} already")
                     check(sample)
@@ -113,6 +134,7 @@ class FolderRows:
                     self._lines.append(number)
                 offset += len(line)
         self.sha256 = digest.hexdigest()
+        _warn_of_unknown(f"{folder.name}/{split}.jsonl", self.folder, unknown, ROW_KEYS)
 
     @property
     def total(self) -> int:
@@ -121,7 +143,7 @@ class FolderRows:
     def __getitem__(self, index: int) -> Sample:
         with self.path.open("rb") as file:
             file.seek(self._offsets[index])
-            return self._sample(file.readline(), self._lines[index])
+            return self._sample(self._parsed(file.readline(), self._lines[index]), self._lines[index])
 
     def verify(self, manifest: Manifest) -> None:
         """Raises:
@@ -132,24 +154,45 @@ class FolderRows:
             raise DataError(f"E-DATA-04: {name} has {self.total} rows, its manifest says {count}: get the data again.")
         expected = content.get("sha256", {}).get(f"{self.split}.jsonl")
         if expected is not None and str(expected).lower() != self.sha256:
-            raise DataError(f"E-DATA-04: {name} has the SHA-256 {self.sha256}, its manifest says {expected}.")
+            raise DataError(
+                f"E-DATA-04: {name} has the SHA-256 {self.sha256}, its manifest says {expected}: get the data again, "
+                "or correct the manifest if the change was meant."
+            )
 
     def _broken(self, number: int, reason: str) -> NoReturn:
-        raise DataError(f"E-DATA-03: {self.folder.name}/{self.split}.jsonl, line {number}: {reason}.")
+        raise DataError(f"E-DATA-03: {self.folder.name}/{self.split}.jsonl, line {number}: {reason}. {REMEDY}")
 
-    def _sample(self, line: bytes, number: int) -> Sample:
+    def _parsed(self, line: bytes, number: int) -> Any:
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"E-DATA-03: {self.folder.name}/{self.split}.jsonl, line {number}: not JSON in UTF-8: {error}."
+                f"E-DATA-03: {self.folder.name}/{self.split}.jsonl, line {number}: not JSON in UTF-8: {error}. {REMEDY}"
             ) from error
+
+    def _sample(self, row: Any, number: int) -> Sample:
         try:
             return row_to_sample(
                 row, self.folder, where=f"line {number}", max_pixels=self.max_pixels, text_only=self.text_only
             )
         except _Broken as error:
-            raise DataError(f"E-DATA-03: {self.folder.name}/{self.split}.jsonl, line {number}: {error}.") from error
+            raise DataError(
+                f"E-DATA-03: {self.folder.name}/{self.split}.jsonl, line {number}: {error}. {REMEDY}"
+            ) from error
+
+
+def _warn_of_unknown(name: str, folder: Path, unknown: Mapping[str, int], known: Iterable[str]) -> None:
+    """One warning for all keys that nothing here reads: a misspelt one would otherwise be missed in silence."""
+    if not unknown:
+        return
+    words = []
+    for key, times in sorted(unknown.items()):
+        near = difflib.get_close_matches(key, known, n=1)
+        words.append(f"{key!r}{f' in {times} rows' if times > 1 else ''}{f' (is {near[0]!r} meant?)' if near else ''}")
+    text = f"{name} has unknown keys, which are ignored: {', '.join(words)}. Known: {', '.join(known)}."
+    if f"{folder} {text}" not in _told:
+        _told.add(f"{folder} {text}")
+        logger.warning(text)
 
 
 class _Broken(Exception):

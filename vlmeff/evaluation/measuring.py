@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache import cache_bytes
+from vlmeff.evaluation.stages import StageClock
 from vlmeff.reporting import Report, report, text_flops, visual_tokens
 from vlmeff.wrapping import is_wrapped
 
@@ -42,36 +43,57 @@ class Generated:
     kv_bytes_end: int | None
     peak_bytes: int | None
     report: Report | None
+    vision_ms: float | None = None
+    score_ms: float | None = None
+
+
+def greedy(model: Any, max_new_tokens: int, *, fixed_output: bool = False) -> dict[str, Any]:
+    """Arguments of ``generate``. ``fixed_output``: no token ends the answer, so that all answers are equally long.
+
+    What comes before the first token that would have ended it is then the answer as it would have been.
+    """
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+    options |= {"temperature": None, "top_p": None, "top_k": None, "return_dict_in_generate": False}
+    if fixed_output:  # None would be filled in again from the model's own settings
+        options["eos_token_id"] = model.config.get_text_config().vocab_size
+    return options
 
 
 @torch.no_grad()
-def generate_measured(model: Any, inputs: Mapping[str, Any], *, max_new_tokens: int, timed: bool = True) -> Generated:
+def generate_measured(
+    model: Any, inputs: Mapping[str, Any], *, max_new_tokens: int, timed: bool = True, fixed_output: bool = False
+) -> Generated:
     """Greedy ``generate`` and what it cost.
 
     Args:
         inputs: the processor's; ``input_ids`` [B, L].
-        timed: with a streamer for the first token (B = 1 only) and the peak of memory.
+        timed: with a streamer for the first token and the stages in front of it (B = 1 only), and the peak of memory.
+        fixed_output: generate exactly ``max_new_tokens``, whatever ends the answer.
     """
     ids: Tensor = inputs["input_ids"]
     meter = _Meter()
-    first = FirstToken() if timed and len(ids) == 1 else None
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
-    options |= {"temperature": None, "top_p": None, "top_k": None, "return_dict_in_generate": False}
+    alone = timed and len(ids) == 1
+    # On MPS tokens are streamed one step late.
+    first = FirstToken() if alone and ids.device.type != "mps" else None
+    stages = StageClock(model, ids.device) if alone else None
+    options = greedy(model, max_new_tokens, fixed_output=fixed_output)
     handle = model.register_forward_hook(meter.after_forward)
     peak = PeakMemory(ids.device) if timed else None
     try:
         with peak or nullcontext():
             _synchronize(ids.device)
-            start = time.perf_counter()
-            out: Tensor = model.generate(**inputs, **options, streamer=first)
-            _synchronize(ids.device)
-            end = time.perf_counter()
+            with stages or nullcontext():
+                start = time.perf_counter()
+                out: Tensor = model.generate(**inputs, **options, streamer=first)
+                _synchronize(ids.device)
+                end = time.perf_counter()
     finally:
         handle.remove()
     about = report(model) if is_wrapped(model) else None
     mask = inputs.get("attention_mask")
     prompt = ids.numel() if mask is None else int(mask.sum())
     visual = visual_tokens(model, ids)
+    vision_ms, score_ms = (None, None) if stages is None else stages.times(about)
     return Generated(
         tokens=out[:, ids.shape[1] :],
         visual_tokens_in=visual,
@@ -86,6 +108,8 @@ def generate_measured(model: Any, inputs: Mapping[str, Any], *, max_new_tokens: 
         kv_bytes_end=meter.at_end,
         peak_bytes=None if peak is None else peak.bytes,
         report=about,
+        vision_ms=vision_ms,
+        score_ms=score_ms,
     )
 
 

@@ -20,6 +20,7 @@ from vlmeff.errors import VlmeffError
 from vlmeff.evaluation.results_schema import Results, Run
 from vlmeff.evaluation.samples import SampleRow
 from vlmeff.evaluation.statistics import Pairs
+from vlmeff.evaluation.tables import ABOUT_CONTROLS, CONTROLS_HEAD, controls_row
 
 Picture = Callable[[str], Image.Image | None]
 Pictures = Picture | Mapping[str, Picture]
@@ -132,11 +133,32 @@ style-src 'sha256-{_digest(STYLE)}'; script-src 'sha256-{_digest(SCRIPT)}'; base
 {filters}
 </header>
 <main>
-{empty}{body}
+{_controls(results)}{empty}{body}
 </main>
 <script>{SCRIPT}</script>
 </body>
 </html>
+"""
+
+
+def _controls(results: Results) -> str:
+    """Every preset against its controls: whether it beats random at equal budget."""
+    if not results.against_controls:
+        return ""
+    scales = {run.benchmark: run.scale for run in results.runs}
+    head = "".join(f'<th scope="col">{_escape(name)}</th>' for name in ("benchmark", *CONTROLS_HEAD))
+    rows = []
+    for c in results.against_controls:
+        cells = (c.benchmark, *controls_row(c, scales[c.benchmark]))
+        rows.append(f'<tr class="{c.verdict}">' + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    return f"""<h2 id="controls">Presets against their controls</h2>
+<p class="facts">{_escape(ABOUT_CONTROLS)}</p>
+<div class="table" role="region" aria-labelledby="controls" tabindex="0"><table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{chr(10).join(rows)}
+</tbody>
+</table></div>
 """
 
 
@@ -268,6 +290,11 @@ header p { margin: .25rem 0; max-width: 46rem; }
 .filters label { max-width: 100%; }
 select { font: inherit; max-width: 16rem; color: inherit; background: var(--card); border: 1px solid var(--line);
   border-radius: .375rem; padding: .375rem; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 400; }
+tr.better td:nth-child(5) { color: var(--good); } tr.worse td:nth-child(5) { color: var(--bad); }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr));
   margin-top: .5rem; }
 article { display: flex; gap: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;

@@ -22,11 +22,6 @@ THIRD_PARTY = "The pictures carry rights of third parties; none is shipped."
 SEE_CARD = "See the card of the data set; none of it is shipped."
 
 
-def _hub(name: str, split: str, convert: Any, **more: Any) -> tuple[Hub]:
-    ids = (f"lmms-lab-encoder/{name}", f"lmms-lab/{name}")
-    return (Hub(ids=ids, split=split, convert=convert, **more),)
-
-
 def _pair(group: str, samples: Sequence[Sample]) -> None:
     if len(samples) != 2:
         raise DataError(
@@ -43,7 +38,7 @@ def _mmbench_row(sample: Sample) -> None:
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise DataError(
             f"E-DATA-03: document {sample.doc_id!r} has no whole number meta.index: MMBench's circular shifts are "
-            "told apart by it."
+            "told apart by it. Import the data again (vlmeff eval import-tsv)."
         )
     gold_letter(sample)
 
@@ -52,7 +47,10 @@ def _with_ocr(sample: Sample) -> None:
     enough_references(sample)
     tokens = sample.meta.get("ocr_tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise DataError(f"E-DATA-03: document {sample.doc_id!r} has no list of strings meta.ocr_tokens.")
+        raise DataError(
+            f"E-DATA-03: document {sample.doc_id!r} has no list of strings meta.ocr_tokens: add them, or "
+            "take textvqa_val."
+        )
 
 
 def _mmmu_row(sample: Sample) -> None:
@@ -60,199 +58,96 @@ def _mmmu_row(sample: Sample) -> None:
         gold_letter(sample)
 
 
-register(
-    Benchmark(
-        name="vqav2_val",
-        template=prompts.phrase,
-        metric_name="vqa",
-        max_new_tokens=16,
-        answer_kind="consensus of 10",
-        split="validation",
-        sources=_hub("VQAv2", "validation", hub_rows.vqav2),
-        group_key="image id",
-        check=enough_references,
-        expected_count=214_354,
-        license_note=THIRD_PARTY,
-        citation="arXiv 1612.00837",
-    )
-)
-register(
-    Benchmark(
-        name="gqa",
-        template=prompts.phrase,
-        metric_name="exact_nopunct",
-        max_new_tokens=16,
-        answer_kind="word",
-        split="testdev",
-        sources=_hub(
-            "GQA", "testdev", hub_rows.gqa, config="testdev_balanced_instructions", joined="testdev_balanced_images"
-        ),
-        group_key="image id",
-        expected_count=12_578,
-        license_note=THIRD_PARTY,
-        citation="arXiv 1902.09506",
-    )
-)
+def _published(
+    name: str,
+    hub_name: str,
+    split: str,
+    convert: Any,
+    *,
+    paper: str,
+    of_hub: dict[str, Any] | None = None,
+    **fields: Any,
+) -> None:
+    """Register a benchmark of the hub; ``of_hub``: more fields of its ``Hub``, ``fields``: those of ``Benchmark``."""
+    ids = (f"lmms-lab-encoder/{hub_name}", f"lmms-lab/{hub_name}")
+    sources = (Hub(ids=ids, split=split, convert=convert, **(of_hub or {})),)
+    given = {"license_note": THIRD_PARTY, "citation": f"arXiv {paper}", **fields}
+    register(Benchmark(name=name, split=split, sources=sources, **given))
+
+
+CONSENSUS: dict[str, Any] = {"answer_kind": "consensus of 10", "check": enough_references}
+YES_NO: dict[str, Any] = {"answer_kind": "yes/no", "check": gold_yes, "group_key": "image id"}
+
+_published(
+    "vqav2_val", "VQAv2", "validation", hub_rows.vqav2,
+    template=prompts.phrase, metric_name="vqa", max_new_tokens=16, **CONSENSUS,
+    group_key="image id", expected_count=214_354, paper="1612.00837",
+)  # fmt: skip
+_published(
+    "gqa", "GQA", "testdev", hub_rows.gqa,
+    of_hub={"config": "testdev_balanced_instructions", "joined": "testdev_balanced_images"},
+    template=prompts.phrase, metric_name="exact_nopunct", max_new_tokens=16, answer_kind="word",
+    group_key="image id", expected_count=12_578, paper="1902.09506",
+)  # fmt: skip
 _TEXTVQA: dict[str, Any] = {
-    "metric_name": "vqa_evalai",
-    "max_new_tokens": 32,
-    "answer_kind": "consensus of 10",
-    "split": "validation",
-    "sources": _hub("textvqa", "validation", hub_rows.textvqa),
-    "group_key": "image id",
-    "expected_count": 5_000,
-    "license_note": THIRD_PARTY,
-    "citation": "arXiv 1904.08920",
-}
-register(
-    Benchmark(
-        name="textvqa_val",
-        template=prompts.textvqa,
-        check=enough_references,
-        caption_notes=("without OCR tokens: not comparable to figures with them",),
-        **_TEXTVQA,
-    )
-)
-register(
-    Benchmark(
-        name="textvqa_val_ocr",
-        template=prompts.textvqa_ocr,
-        check=_with_ocr,
-        folders=("textvqa_val_ocr", "textvqa_val"),
-        caption_notes=("with OCR tokens in the prompt: not comparable to figures without them",),
-        **_TEXTVQA,
-    )
-)
-register(
-    Benchmark(
-        name="pope",
-        template=prompts.phrase,
-        metric_name="pope",
-        max_new_tokens=128,
-        answer_kind="yes/no",
-        split="test",
-        sources=_hub("POPE", "test", hub_rows.pope),
-        group_key="image id",
-        check=gold_yes,
-        expected_count=9_000,
-        caption_notes=("answers read as the official script does: whatever does not say no is a yes",),
-        license_note=THIRD_PARTY,
-        citation="arXiv 2305.10355",
-    )
-)
-register(
-    Benchmark(
-        name="mme",
-        template=prompts.mme,
-        metric_name="mme",
-        max_new_tokens=16,
-        answer_kind="yes/no",
-        split="test",
-        sources=_hub("MME", "test", hub_rows.mme),
-        group_key="image id",
-        complete=_pair,
-        check=gold_yes,
-        expected_count=2_374,
-        caption_notes=("points, at most 2000 for perception and 800 for cognition",),
-        license_note=THIRD_PARTY,
-        citation="arXiv 2306.13394",
-    )
-)
-register(
-    Benchmark(
-        name="mmbench_en_dev",
-        template=prompts.mmbench,
-        metric_name="mmbench",
-        max_new_tokens=16,
-        answer_kind="letter",
-        split="dev",
-        sources=_hub("MMBench", "dev", hub_rows.mmbench, config="en"),
-        group_key="base question",
-        complete=_circular,
-        check=_mmbench_row,
-        expected_count=4_329,
-        caption_notes=("circular; answers are read by rules, no judge model is asked",),
-        license_note=SEE_CARD,
-        citation="arXiv 2307.06281",
-    )
-)
-register(
-    Benchmark(
-        name="scienceqa_img",
-        template=prompts.scienceqa,
-        metric_name="scienceqa",
-        max_new_tokens=16,
-        answer_kind="letter",
-        split="test",
-        sources=_hub("ScienceQA", "test", hub_rows.scienceqa, config="ScienceQA-IMG"),
-        check=gold_letter,
-        expected_count=2_017,
-        license_note=SEE_CARD,
-        citation="arXiv 2209.09513",
-    )
-)
-register(
-    Benchmark(
-        name="vizwiz_val",
-        template=prompts.vizwiz,
-        metric_name="vqa_evalai",
-        max_new_tokens=32,
-        answer_kind="consensus of 10",
-        split="val",
-        sources=_hub("VizWiz-VQA", "val", hub_rows.vizwiz),
-        check=enough_references,
-        expected_count=4_319,
-        license_note=THIRD_PARTY,
-        citation="arXiv 1802.08218",
-    )
-)
-register(
-    Benchmark(
-        name="docvqa_val",
-        template=prompts.phrase,
-        metric_name="anls",
-        max_new_tokens=32,
-        answer_kind="phrase",
-        split="validation",
-        sources=_hub("DocVQA", "validation", hub_rows.docvqa, config="DocVQA"),
-        group_key="document id",
-        expected_count=5_349,
-        license_note=THIRD_PARTY,
-        citation="arXiv 2007.00398",
-    )
-)
-register(
-    Benchmark(
-        name="chartqa",
-        template=prompts.word,
-        metric_name="relaxed",
-        max_new_tokens=16,
-        answer_kind="word or number",
-        split="test",
-        sources=_hub("ChartQA", "test", hub_rows.chartqa),
-        expected_count=2_500,
-        license_note=THIRD_PARTY,
-        citation="arXiv 2203.10244",
-    )
-)
-register(
-    Benchmark(
-        name="mmmu_val",
-        template=prompts.mmmu,
-        metric_name="mmmu",
-        max_new_tokens=128,
-        answer_kind="letter or phrase",
-        split="validation",
-        sources=_hub("MMMU", "validation", hub_rows.mmmu, pictures=hub_rows.mmmu_pictures),
-        check=_mmmu_row,
-        expected_count=900,
-        caption_notes=(
-            "where no option can be read one is drawn, the same for every run; acc_no_guess counts it wrong",
-        ),
-        license_note=THIRD_PARTY,
-        citation="arXiv 2311.16502",
-    )
-)
+    "metric_name": "vqa_evalai", "max_new_tokens": 32, "group_key": "image id", "expected_count": 5_000,
+    "paper": "1904.08920",
+}  # fmt: skip
+_published(
+    "textvqa_val", "textvqa", "validation", hub_rows.textvqa,
+    template=prompts.textvqa, **CONSENSUS, **_TEXTVQA,
+    caption_notes=("without OCR tokens: not comparable to figures with them",),
+)  # fmt: skip
+_published(
+    "textvqa_val_ocr", "textvqa", "validation", hub_rows.textvqa,
+    template=prompts.textvqa_ocr, **(CONSENSUS | {"check": _with_ocr}), **_TEXTVQA,
+    folders=("textvqa_val_ocr", "textvqa_val"),
+    caption_notes=("with OCR tokens in the prompt: not comparable to figures without them",),
+)  # fmt: skip
+_published(
+    "pope", "POPE", "test", hub_rows.pope,
+    template=prompts.phrase, metric_name="pope", max_new_tokens=128, **YES_NO,
+    expected_count=9_000, paper="2305.10355",
+    caption_notes=("answers read as the official script does: whatever does not say no is a yes",),
+)  # fmt: skip
+_published(
+    "mme", "MME", "test", hub_rows.mme,
+    template=prompts.mme, metric_name="mme", max_new_tokens=16, **YES_NO,
+    complete=_pair, expected_count=2_374, paper="2306.13394",
+    caption_notes=("points, at most 2000 for perception and 800 for cognition",),
+)  # fmt: skip
+_published(
+    "mmbench_en_dev", "MMBench", "dev", hub_rows.mmbench, of_hub={"config": "en"},
+    template=prompts.mmbench, metric_name="mmbench", max_new_tokens=16, answer_kind="letter", check=_mmbench_row,
+    group_key="base question", complete=_circular, expected_count=4_329, paper="2307.06281", license_note=SEE_CARD,
+    caption_notes=("circular; answers are read by rules, no judge model is asked",),
+)  # fmt: skip
+_published(
+    "scienceqa_img", "ScienceQA", "test", hub_rows.scienceqa, of_hub={"config": "ScienceQA-IMG"},
+    template=prompts.scienceqa, metric_name="scienceqa", max_new_tokens=16, answer_kind="letter", check=gold_letter,
+    expected_count=2_017, paper="2209.09513", license_note=SEE_CARD,
+)  # fmt: skip
+_published(
+    "vizwiz_val", "VizWiz-VQA", "val", hub_rows.vizwiz,
+    template=prompts.vizwiz, metric_name="vqa_evalai", max_new_tokens=32, **CONSENSUS,
+    expected_count=4_319, paper="1802.08218",
+)  # fmt: skip
+_published(
+    "docvqa_val", "DocVQA", "validation", hub_rows.docvqa, of_hub={"config": "DocVQA"},
+    template=prompts.phrase, metric_name="anls", max_new_tokens=32, answer_kind="phrase",
+    group_key="document id", expected_count=5_349, paper="2007.00398",
+)  # fmt: skip
+_published(
+    "chartqa", "ChartQA", "test", hub_rows.chartqa,
+    template=prompts.word, metric_name="relaxed", max_new_tokens=16, answer_kind="word or number",
+    expected_count=2_500, paper="2203.10244",
+)  # fmt: skip
+_published(
+    "mmmu_val", "MMMU", "validation", hub_rows.mmmu, of_hub={"pictures": hub_rows.mmmu_pictures},
+    template=prompts.mmmu, metric_name="mmmu", max_new_tokens=128, answer_kind="letter or phrase", check=_mmmu_row,
+    expected_count=900, paper="2311.16502",
+    caption_notes=("where no option can be read one is drawn, the same for every run; acc_no_guess counts it wrong",),
+)  # fmt: skip
 register(
     Benchmark(
         name="easy_vqa",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,13 +56,20 @@ def mosaic_items(scenes: int, *, kinds: Sequence[str] = ("position",), per_scene
     return items
 
 
-def blind_prior(items: Sequence[Item]) -> float:
-    """Exact match of a model that never sees a picture: the most frequent training answer of each question."""
-    counts: dict[str, dict[str, int]] = {}
+def blind_answers() -> dict[str, str]:
+    """What a model that never sees a picture should answer: the most frequent training answer of each question.
+
+    Of equally frequent ones the first in the data's order; two questions have such answers.
+    """
+    counts: dict[str, Counter[str]] = {}
     for _, question, answer in easy_vqa_questions("train"):
-        by_answer = counts.setdefault(question, {})
-        by_answer[answer] = by_answer.get(answer, 0) + 1
-    best = {q: max(sorted(a), key=a.__getitem__) for q, a in counts.items()}
+        counts.setdefault(question, Counter())[answer] += 1
+    return {question: by_answer.most_common(1)[0][0] for question, by_answer in counts.items()}
+
+
+def blind_prior(items: Sequence[Item]) -> float:
+    """Exact match of a model that never sees a picture (``blind_answers``)."""
+    best = blind_answers()
     return sum(best.get(item.question) == item.answer for item in items) / len(items)
 
 

@@ -1,9 +1,10 @@
 """``--engine ray``: the documents of an evaluation go to worker processes of a Ray cluster, their rows come back here.
 
-One worker per GPU, or workers of one CPU each. A worker loads the model once and is asked one document at a time: a
-question of Ray costs about a millisecond and an answer far more, nobody waits at the end for another's share, and a
-worker that dies takes one document with it. The files are written by the process that the user started, so that no
-machine needs to see its folders; the model and the data must be within reach of every machine.
+One worker per GPU, or workers of one CPU each. A worker loads the model once and is asked one document (or batch) at a
+time: a question of Ray costs about a millisecond and an answer far more, nobody waits at the end for another's share,
+and a worker that dies takes one document with it; the documents of a batch are asked one by one afterwards. The files
+are written by the process that the user started, so that no machine needs to see its folders; the model and the data
+must be within reach of every machine.
 
 Everything else (what is still to do, files, error budget, merging) is the ``Session`` of the local engine.
 """
@@ -25,8 +26,10 @@ from typing import Any
 from vlmeff.errors import ConfigError, DataError, MissingExtraError, RunError, VlmeffError
 from vlmeff.evaluation.benchmarks import LoadedBenchmark
 from vlmeff.evaluation.controls import RunSpec
-from vlmeff.evaluation.runner import Answered, LoadedModel, Progress, Session, Settings, Shard, Task, load_benchmark
+from vlmeff.evaluation.loaded import Answered, LoadedModel, Task, batches
+from vlmeff.evaluation.runner import Progress, Session, load_benchmark
 from vlmeff.evaluation.samples import SampleRow
+from vlmeff.evaluation.settings import Settings, Shard
 from vlmeff.evaluation.storage import RunStore
 
 LOSSES = 3  # workers that one document, or loading, may cost
@@ -96,27 +99,33 @@ class Worker:
         """The runs without what cannot travel, and what the model and the environment are."""
         return _or_refusal(lambda: (_plain(self._model.runs), self._model.about))
 
-    def answer(self, benchmark: str, doc_id: str, task: Task, about: dict[str, Any]) -> list[SampleRow] | Refusal:
-        """The rows of a document. ``about``: the model, environment and data that the other rows are of."""
-        return _or_refusal(lambda: self._answer(benchmark, doc_id, task, about))
+    def answer(
+        self, benchmark: str, doc_ids: Sequence[str], tasks: Sequence[Task], about: dict[str, Any]
+    ) -> list[list[SampleRow]] | Refusal:
+        """The rows of each document. ``about``: the model, environment and data that the other rows are of."""
+        return _or_refusal(lambda: self._answer(benchmark, doc_ids, tasks, about))
 
     @cached_property
     def _model(self) -> LoadedModel:
         return LoadedModel.load(self._settings, Shard(self._number), lambda text: None)
 
-    def _answer(self, benchmark: str, doc_id: str, task: Task, about: dict[str, Any]) -> list[SampleRow]:
+    def _answer(
+        self, benchmark: str, doc_ids: Sequence[str], tasks: Sequence[Task], about: dict[str, Any]
+    ) -> list[list[SampleRow]]:
         known, mine = benchmark in self._data, self._model.about
         data = self._data[benchmark] = self._data.get(benchmark) or load_benchmark(self._settings, benchmark)
-        if data.data != about["data"] or data.doc_ids[task.index : task.index + 1] != [doc_id]:
+        theirs = [data.doc_ids[task.index] if task.index < len(data) else None for task in tasks]
+        if data.data != about["data"] or theirs != list(doc_ids):
             raise DataError(f"E-DATA-04: a worker's machine has other data of {benchmark} ({data.data}).")
         if mine["model"] != about["model"]:
             raise RunError(f"E-RUN-04: a worker's machine has another {self._settings.model} ({mine['model']}).")
         if not known:
-            self._model.warm_up(data, task.index)
-        rows = self._model.answer(data, task)
+            self._model.warm_up(data, tasks[0].index)
+        found = self._model.answer(data, tasks)
         # Times of another kind of machine are not to be compared with the rest.
-        same = mine["environment"] == about["environment"]
-        return rows if same else [dataclasses.replace(row, timing_valid=False) for row in rows]
+        if mine["environment"] == about["environment"]:
+            return found
+        return [[dataclasses.replace(row, timing_valid=False) for row in rows] for rows in found]
 
 
 def _or_refusal(work: Callable[[], Any]) -> Any:
@@ -145,7 +154,7 @@ class Workers:
         # Ray itself starts nothing again: which document a worker died of would be lost.
         self._kind = ray.remote(self.worker).options(max_restarts=0, max_task_retries=0, **resources)
         self._lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)
-        self._asked: dict[Any, tuple[int, Task | None]] = {}  # by the reference to the answer; None: to load
+        self._asked: dict[Any, tuple[int, list[Task] | None]] = {}  # by the reference to the answer; None: to load
         self._idle: list[int] = []
         self._loading_lost: Counter[int] = Counter()
         self._actors: dict[int, Any] = {}
@@ -158,29 +167,35 @@ class Workers:
             self._ready()
 
     def answers(self, data: LoadedBenchmark, tasks: Sequence[Task], stop: threading.Event) -> Answered:
-        waiting, lost = deque(tasks), Counter[int]()
+        waiting, lost = deque(batches(tasks, self._settings)), Counter[int]()
         about = {**self.about, "data": data.data}
-        while (waiting and not stop.is_set()) or any(task for _, task in self._asked.values()):
+        while (waiting and not stop.is_set()) or any(asked for _, asked in self._asked.values()):
             while waiting and self._idle and not stop.is_set():
-                task, number = waiting.popleft(), self._idle.pop()
-                call = self._actors[number].answer
-                reference = call.remote(data.benchmark.name, data.doc_ids[task.index], task, about)
-                self._asked[reference] = number, task
-            for number, task, rows, reason in self._ready():
-                if rows is not None:
-                    yield task, rows
+                batch, number = waiting.popleft(), self._idle.pop()
+                doc_ids = [data.doc_ids[task.index] for task in batch]
+                self._asked[self._actors[number].answer.remote(data.benchmark.name, doc_ids, batch, about)] = (
+                    number,
+                    batch,
+                )
+            for number, batch, found, reason in self._ready():
+                if found is not None:
+                    yield from zip(batch, found, strict=True)
                     continue
-                lost[task.index] += 1
-                again = lost[task.index] < LOSSES
+                again = []
+                for task in batch:
+                    lost[task.index] += len(batch) == 1  # which of several it was is not known
+                    if lost[task.index] < LOSSES:
+                        again.append([task])
+                        continue
+                    reason = f"{LOSSES} workers were lost at it, the last: {reason}"
+                    yield task, _given_up(data, task, number, reason)
+                what = repr(data.doc_ids[batch[0].index]) + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
                 warnings.warn(
-                    f"worker {number} was lost at {data.doc_ids[task.index]!r} ({reason}); another takes its place"
+                    f"worker {number} was lost at {what} ({reason}); another takes its place"
                     + (" and the document is asked again." if again else f": the {LOSSES}rd at this document."),
                     stacklevel=2,
                 )
-                if again:
-                    waiting.appendleft(task)
-                else:
-                    yield task, _given_up(data, task, number, f"{LOSSES} workers were lost at it, the last: {reason}")
+                waiting.extendleft(reversed(again))
 
     def close(self) -> None:
         for actor in self._actors.values():
@@ -190,29 +205,29 @@ class Workers:
         self._actors[number] = self._kind.remote(self._settings, number)
         self._asked[self._actors[number].describe.remote()] = number, None
 
-    def _ready(self) -> list[tuple[int, Task, list[SampleRow] | None, str]]:
-        """Wait a little for answers: (worker, task, its rows, "") or, where the worker is lost, (.., None, why).
+    def _ready(self) -> list[tuple[int, list[Task], list[list[SampleRow]] | None, str]]:
+        """Wait a little for answers: (worker, tasks, rows of each, "") or, where the worker is lost, (.., None, why).
 
         Raises:
             VlmeffError: what the worker refused.  RunError: E-RUN-04.
         """
-        out: list[tuple[int, Task, list[SampleRow] | None, str]] = []
+        out: list[tuple[int, list[Task], list[list[SampleRow]] | None, str]] = []
         for reference in self._ray.wait(list(self._asked), timeout=POLL_SECONDS)[0]:
-            number, task = self._asked.pop(reference)
+            number, batch = self._asked.pop(reference)
             try:
                 found = self._ray.get(reference)
             except self._lost as error:
                 self._start(number)
-                if task is None:
+                if batch is None:
                     self._loading_failed(number, _brief(error))
                 else:
-                    out.append((number, task, None, _brief(error)))
+                    out.append((number, batch, None, _brief(error)))
                 continue
             if isinstance(found, Refusal):
                 raise found.error()
             self._idle.append(number)
-            if task is not None:
-                out.append((number, task, found, ""))
+            if batch is not None:
+                out.append((number, batch, found, ""))
             else:
                 self._loading_lost[number] = 0
                 self.runs, self.about = (self.runs, self.about) if self.about else found

@@ -1,6 +1,6 @@
 """From the sample files of finished runs to ``results.json`` and everything that is made from it. No model, no torch.
 
-One benchmark is in memory at a time, and of it the baseline and one candidate.
+One benchmark is in memory at a time, and of it the baseline, the presets and one control.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ import numpy as np
 import vlmeff
 from vlmeff.errors import ConfigError, MissingExtraError
 from vlmeff.evaluation import page, plots, statistics, tables
-from vlmeff.evaluation.comparing import adjust, compare, join, summarise
-from vlmeff.evaluation.results_schema import SCHEMA, Comparison, Results, Run
+from vlmeff.evaluation.comparing import (
+    adjust,
+    adjust_controls,
+    compare,
+    compare_with_control,
+    controls_of,
+    join,
+    summarise,
+)
+from vlmeff.evaluation.results_schema import SCHEMA, Comparison, ControlComparison, Results, Run
 from vlmeff.evaluation.runs import Loaded, find_runs, load, metric_of, presentable
 
 logger = logging.getLogger("vlmeff")
@@ -61,10 +69,13 @@ def build_report(
     folders, notes = find_runs(root, fingerprints, every_document=allow_partial_join)
     runs: list[Run] = []
     comparisons: list[Comparison] = []
+    beside: list[ControlComparison] = []
     retained: dict[tuple[str, str], np.ndarray] = {}
     sections: list[page.Section] = []
     for benchmark in sorted({f.info["benchmark"] for f in folders}):
         baseline: Loaded | None = None
+        presets: list[Loaded] = []
+        of_benchmark: list[ControlComparison] = []
         for found in (f for f in folders if f.info["benchmark"] == benchmark):
             loaded = load(found, root, seed)
             runs.append(loaded.run)
@@ -80,6 +91,15 @@ def build_report(
                     notes.append(f"{benchmark}, {comparison.label}: {pairs.unmatched} documents are in one run only.")
                 if loaded.run.kind == "preset":
                     sections.append(page.collect(loaded.run, pairs, metric_of(found).per_document, pictures))
+            if loaded.run.kind == "preset":
+                presets.append(loaded)
+            for preset in presets if loaded.run.kind == "control" else []:  # a control comes after all presets
+                both = all(side.run.metrics[side.run.metric].n for side in (preset, loaded))
+                if both and controls_of(preset, [loaded]):
+                    pairs = join(loaded, preset, allow_partial=allow_partial_join)
+                    of_benchmark.append(compare_with_control(loaded, preset, pairs, seed=seed))
+        order = [preset.run.id for preset in presets]
+        beside += sorted(of_benchmark, key=lambda c: order.index(c.preset))
     if len({json.dumps(f.info["environment"], sort_keys=True) for f in folders}) > 1:
         notes.append("The runs come from different environments; speed-ups between those are left out.")
     first = folders[0].info
@@ -94,6 +114,7 @@ def build_report(
         model=presentable(first["model"]),
         runs=runs,
         comparisons=adjust(comparisons),
+        against_controls=adjust_controls(beside),
         retained=summarise(comparisons, retained),
         notes=notes,
     )

@@ -16,6 +16,7 @@ SCHEMA = "vlmeff.results/1"
 
 Kind = Literal["baseline", "preset", "control"]
 Verdict = Literal["non-inferior", "inferior", "worse but within margin", "inconclusive"]
+ControlVerdict = Literal["better", "worse", "inconclusive"]
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -176,6 +177,31 @@ class Comparison(_Record):
     categories: dict[str, CategoryDelta]
 
 
+class ControlComparison(_Record):
+    """A preset against one of its controls on the documents that both have: ``delta`` is preset - control.
+
+    ``verdict``: better or worse where the interval leaves out 0. ``mcnemar``: b documents are right with the preset
+    alone, c with the control alone. ``p_holm``: adjusted over all presets, controls and benchmarks. ``token_ratio``:
+    visual tokens of the preset over the control's; 1 says that they had the same budget.
+    """
+
+    preset: str
+    control: str
+    preset_label: str
+    control_label: str
+    benchmark: str
+    metric: str
+    n: Count
+    unmatched: Count
+    delta: float
+    ci95: Interval | None
+    resamples: Count
+    verdict: ControlVerdict
+    mcnemar: McNemar | None
+    p_holm: Share | None = None
+    token_ratio: float | None
+
+
 class Retained(_Record):
     """What a preset or control keeps of the baseline's accuracy, in percent, by benchmark and on average.
 
@@ -205,6 +231,7 @@ class Results(_Record):
     model: dict[str, Any]
     runs: list[Run]
     comparisons: list[Comparison]
+    against_controls: list[ControlComparison] = []
     retained: list[Retained]
     notes: list[str]
 
@@ -215,6 +242,10 @@ class Results(_Record):
     def comparison_of(self, run: Run) -> Comparison | None:
         """How ``run`` compares with its baseline."""
         return next((c for c in self.comparisons if c.candidate == run.id), None)
+
+    def against_controls_of(self, benchmark: str) -> list[ControlComparison]:
+        """How the presets of ``benchmark`` compare with their controls, preset by preset."""
+        return [c for c in self.against_controls if c.benchmark == benchmark]
 
     @property
     def benchmarks(self) -> list[str]:

@@ -8,90 +8,42 @@ document as the others.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from vlmeff import zoo
-from vlmeff.errors import BadImageError, ConfigError, RunError, UnknownNameError
-from vlmeff.evaluation.benchmarks import LoadedBenchmark, check_limit, get
+from vlmeff.errors import ConfigError, RunError
+from vlmeff.evaluation.benchmarks import LoadedBenchmark, get
+from vlmeff.evaluation.loaded import Answered, Engine, LoadedModel, Task
+from vlmeff.evaluation.runs import document_score
 from vlmeff.evaluation.samples import SampleRow
+from vlmeff.evaluation.settings import CONTROLS, TIMED, Settings, Shard
 from vlmeff.evaluation.storage import RowWriter, RunStore, fingerprint
-from vlmeff.pictures import MAX_PIXELS
 
-CONTROLS = ("random", "downsample", "blank")
+__all__ = [
+    "CONTROLS",
+    "Answered",
+    "Engine",
+    "Interrupted",
+    "LoadedModel",
+    "Progress",
+    "Session",
+    "Settings",
+    "Shard",
+    "Task",
+    "evaluate",
+    "load_benchmark",
+]
+
 ATTEMPTS = 2  # of a document that fails: the second one when the command is run again
 EARLY = 3  # documents after which a run without effect is refused
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What ``vlmeff eval`` was asked for. ``limit``: groups (int) or a share of them (float).
-
-    ``perf``: "accuracy" measures no times, "latency" takes the first 32 documents only, "both" times all of them.
-    ``max_error_rate``: share of documents that may fail. ``rank_timeout``: seconds that rank 0 waits for the others.
-    """
-
-    model: str
-    output: Path
-    presets: tuple[str, ...] = ("fast",)
-    benchmarks: tuple[str, ...] = ("easy_vqa",)
-    controls: tuple[str, ...] = ("random", "downsample", "blank")
-    baseline: bool = True
-    revision: str | None = None
-    data_root: Path | None = None
-    source: str | None = None
-    limit: int | float | None = None
-    seed: int = 0
-    dtype: str = "auto"
-    device: str | None = None
-    attention: str | None = None
-    max_new_tokens: int | None = None
-    perf: Literal["accuracy", "latency", "both"] = "both"
-    warmup: int = 1
-    resume: bool = True
-    offline: bool = False
-    skip_bad_images: bool = False
-    max_error_rate: float = 0.01
-    rank_timeout: float = 86_400.0
-    max_image_pixels: int = MAX_PIXELS
-
-    def __post_init__(self) -> None:
-        check_limit(self.limit)
-        if not self.benchmarks:
-            raise ConfigError("eval: --benchmarks names none; vlmeff eval --list shows them.")
-        if self.warmup < 0:
-            raise ConfigError(f"E-USE-02: warmup={self.warmup} must be 0 or more.")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"--dtype {self.dtype!r} must be auto, float32, bfloat16 or float16.")
-        if self.output.exists() and not self.output.is_dir():
-            raise ConfigError(f"--output {str(self.output)!r} is a file; name a folder.")
-        if self.data_root is not None and not self.data_root.is_dir():
-            raise ConfigError(f"--data-root {str(self.data_root)!r} is no folder.")
-        unknown = [name for name in self.controls if name not in CONTROLS]
-        if unknown:
-            raise UnknownNameError("control", unknown[0], CONTROLS, code="E-USE-01")
-        if not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(f"max_error_rate={self.max_error_rate} must be a share, 0 to 1.")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which documents are this process's: those with index % world == rank."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def of_environment(cls) -> Shard:
-        """As torchrun sets it."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 class Interrupted(RunError):
@@ -102,10 +54,14 @@ class Interrupted(RunError):
 
 @dataclass(eq=False)
 class Progress:
-    """What the runner tells while it works; the command line draws it."""
+    """What the runner tells while it works; the command line draws it.
+
+    ``scored``, before ``step``: the mean score so far of the baseline and of each preset, 0 to 1 where the metric is.
+    """
 
     begin: Callable[[str, int, int], None] = field(default=lambda benchmark, done, total: None)
     step: Callable[[str, list[SampleRow]], None] = field(default=lambda benchmark, rows: None)
+    scored: Callable[[str, Mapping[str, float]], None] = field(default=lambda benchmark, so_far: None)
     say: Callable[[str], None] = field(default=lambda text: None)
 
 
@@ -129,7 +85,7 @@ def evaluate(settings: Settings, *, shard: Shard | None = None, progress: Progre
 def load_benchmark(settings: Settings, name: str) -> LoadedBenchmark:
     limit = settings.limit
     if settings.perf == "latency" and limit is None:
-        limit = 32
+        limit = TIMED
     return get(name, settings.data_root).load(
         data_root=settings.data_root,
         source=settings.source,
@@ -137,91 +93,6 @@ def load_benchmark(settings: Settings, name: str) -> LoadedBenchmark:
         limit=limit,
         max_image_pixels=settings.max_image_pixels,
     )
-
-
-@dataclass(frozen=True)
-class Task:
-    """A document by its index, and the runs, by number and in their order, that answer it for the n-th time."""
-
-    index: int
-    runs: tuple[int, ...]
-    attempts: tuple[int, ...]
-
-
-Answered = Iterator[tuple[Task, list[SampleRow]]]
-
-
-class Engine(Protocol):
-    """What answers documents: a model in this process, or processes of its own. ``about``: model and environment."""
-
-    runs: Sequence[Any]
-    about: dict[str, Any]
-
-    def answers(self, data: LoadedBenchmark, tasks: Sequence[Task], stop: threading.Event) -> Answered:
-        """Each task with a row for each of its runs, in any order; once ``stop`` is set, what has begun already."""
-        ...
-
-
-@dataclass(eq=False)
-class LoadedModel:
-    """The engine of one process: a model with its runs."""
-
-    settings: Settings
-    answerer: Any
-    runs: Sequence[Any]
-    about: dict[str, Any]
-    say: Callable[[str], None]
-
-    @classmethod
-    def load(cls, settings: Settings, shard: Shard, say: Callable[[str], None]) -> LoadedModel:
-        import torch
-
-        from vlmeff.evaluation.answering import Answerer
-        from vlmeff.evaluation.controls import make_runs
-        from vlmeff.evaluation.identity import describe_model, environment
-        from vlmeff.loading import load
-
-        device = settings.device
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if shard.world > 1:
-            if device in (None, "cuda") and torch.cuda.is_available():
-                device = f"cuda:{local}"
-            else:
-                torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        say(f"loading {settings.model}")
-        options = {} if settings.attention is None else {"attn_implementation": settings.attention}
-        model, processor = load(
-            settings.model, revision=settings.revision, dtype=settings.dtype, device=device, **options
-        )
-        runs = make_runs(model, settings.presets, settings.controls, baseline=settings.baseline, seed=settings.seed)
-        answerer = Answerer(
-            model, processor, settings.max_new_tokens, timed=settings.perf != "accuracy", rank=shard.rank
-        )
-        about = {"model": describe_model(settings.model, model), "environment": environment(model)}
-        return cls(settings, answerer, runs, about, say)
-
-    def answers(self, data: LoadedBenchmark, tasks: Sequence[Task], stop: threading.Event) -> Answered:
-        self.warm_up(data, tasks[0].index)
-        for task in tasks:
-            yield task, self.answer(data, task)
-            if stop.is_set():
-                return
-
-    def answer(self, data: LoadedBenchmark, task: Task) -> list[SampleRow]:
-        sample = data[task.index]
-        try:
-            return self.answerer.answer(data.benchmark, sample, [self.runs[n] for n in task.runs], task.attempts)
-        except BadImageError as error:
-            if not self.settings.skip_bad_images:
-                raise
-            return [self.answerer.failed(data.benchmark, sample, str(error), n) for n in task.attempts]
-
-    def warm_up(self, data: LoadedBenchmark, index: int) -> None:
-        """What is set up once (kernels, thread pools, allocator) must not be paid for by the first document."""
-        everything = Task(index, tuple(range(len(self.runs))), (1,) * len(self.runs))
-        for _ in range(self.settings.warmup if self.answerer.timed else 0):
-            self.say("warming up")
-            self.answer(data, everything)
 
 
 @dataclass(eq=False)
@@ -253,7 +124,8 @@ class Session:
             about = self.describe(run, data)
             args = (self.settings.output, about["model"]["id"], data.benchmark.name, run.name, about)
             if not self.settings.resume and self.shard.rank == 0:
-                RunStore.at(*args).move_away()
+                moved = RunStore.at(*args).move_away()
+                self.progress.say(f"--no-resume: what was there is kept in {moved}") if moved else None
             stores.append(RunStore.open(*args))
         return stores
 
@@ -269,7 +141,12 @@ class Session:
             "benchmark": benchmark.name,
             "data": {**data.data, "n_docs": data.n_docs, "n_groups": data.n_groups},
             "prompt": {"id": benchmark.template.name, "text": benchmark.template.text},
-            "generation": {"max_new_tokens": self.settings.max_new_tokens or benchmark.max_new_tokens, "greedy": True},
+            "generation": {
+                "max_new_tokens": self.settings.max_new_tokens or benchmark.max_new_tokens,
+                "greedy": True,
+                **({} if self.settings.batch_size == 1 else {"batch_size": self.settings.batch_size}),
+                **({} if self.settings.fixed_output is None else {"fixed_output": self.settings.fixed_output}),
+            },
             "seed": self.settings.seed,
             "max_image_pixels": self.settings.max_image_pixels,
             "versions": {name: _minor(about["environment"][name]) for name in ("vlmeff", "torch", "transformers")},
@@ -280,7 +157,7 @@ class Session:
             "metric": benchmark.metric_name,
             "partial": data.partial,
             "caption_notes": list(data.notes),
-            "perf": {"mode": self.settings.perf},
+            "perf": {"mode": self.settings.perf, "repeats": self.settings.repeats},
             "environment": about["environment"],
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "fingerprint": fingerprint(identity),
@@ -290,12 +167,27 @@ class Session:
 
     def run(self, data: LoadedBenchmark, stores: Sequence[RunStore], stop: threading.Event) -> None:
         """Answer what is not there yet of this process's documents."""
+        for store in stores:
+            store.begin_share(self.shard.rank)
         known = [store.rows() for store in stores]
         mine = [i for i in range(len(data)) if i % self.shard.world == self.shard.rank]
         tasks = [task for i in mine if (task := _task(i, data.doc_ids[i], known)).runs]
         self.progress.begin(data.benchmark.name, len(mine) - len(tasks), len(mine))
-        if not tasks:
-            return
+        if tasks:
+            self._answer(data, stores, tasks, known, len(mine), stop)
+        for store in stores if self.shard.world > 1 else ():
+            store.end_share(self.shard.rank, self.shard.world, _launch())
+
+    def _answer(
+        self,
+        data: LoadedBenchmark,
+        stores: Sequence[RunStore],
+        tasks: Sequence[Task],
+        known: Sequence[Mapping[str, SampleRow]],
+        total: int,
+        stop: threading.Event,
+    ) -> None:
+        so_far = _ScoreSoFar(self.engine.runs, data, known)
         count, failed = 0, [0] * len(stores)
         first: list[list[SampleRow]] = [[] for _ in stores]
         with ExitStack() as stack:
@@ -307,10 +199,11 @@ class Session:
                     writers[number].write(row)
                     failed[number] += row.error is not None
                     first[number].append(row) if count <= EARLY else None
+                self.progress.scored(data.benchmark.name, so_far.after(task, rows))
                 self.progress.step(data.benchmark.name, rows)
                 if count == min(EARLY, len(tasks)):
                     self._check_early(first)
-                self._check_errors(failed, count, len(mine))
+                self._check_errors(failed, count, total)
             if stop.is_set():
                 raise Interrupted(
                     f"interrupted after {count} of {len(tasks)} documents of {data.benchmark.name}; run the same "
@@ -338,7 +231,7 @@ class Session:
         """Wait for the other processes, merge, and refuse a preset that changed nothing."""
         from vlmeff.evaluation.answering import check_effect
 
-        wait_for_rows(data, stores, self.settings.rank_timeout, stop)
+        wait_for_rows(data, stores, self.settings.rank_timeout, stop, self.shard)
         merged = [store.merge(data.doc_ids) for store in stores]
         baseline = next((r for run, r in zip(self.engine.runs, merged, strict=True) if run.kind == "baseline"), None)
         for run, rows in zip(self.engine.runs, merged, strict=True):
@@ -369,20 +262,76 @@ def _task(index: int, doc_id: str, known: Sequence[dict[str, SampleRow]]) -> Tas
     return Task(index, tuple(order), tuple(attempts[n] for n in order))
 
 
-def wait_for_rows(data: LoadedBenchmark, stores: Sequence[RunStore], timeout: float, stop: threading.Event) -> None:
-    """Until every document has a row in every run; raises ``RunError`` (E-RUN-02) when time is up."""
+class _ScoreSoFar:
+    """The mean score of the baseline and of each preset over the documents that have one."""
+
+    def __init__(self, runs: Sequence[Any], data: LoadedBenchmark, known: Sequence[Mapping[str, SampleRow]]) -> None:
+        self._names = {n: run.name for n, run in enumerate(runs) if run.kind != "control"}
+        self._key = data.benchmark.metric.per_document
+        self._rows: dict[int, dict[str, float]] = {n: {} for n in self._names}
+        documents = set(data.doc_ids)
+        for number in self._names:
+            for row in known[number].values():
+                self._take(number, row) if row.doc_id in documents else None
+        self._sums = {n: sum(scores.values()) for n, scores in self._rows.items()}
+
+    def after(self, task: Task, rows: Sequence[SampleRow]) -> dict[str, float]:
+        for number, row in zip(task.runs, rows, strict=True):
+            if number in self._names:
+                before = self._rows[number].get(row.doc_id, 0.0)
+                self._take(number, row)
+                self._sums[number] += self._rows[number].get(row.doc_id, 0.0) - before
+        return {name: self._sums[n] / len(self._rows[n]) for n, name in self._names.items() if self._rows[n]}
+
+    def _take(self, number: int, row: SampleRow) -> None:
+        score = document_score(row, self._key)
+        if score is not None:
+            self._rows[number][row.doc_id] = score
+
+
+def wait_for_rows(
+    data: LoadedBenchmark, stores: Sequence[RunStore], timeout: float, stop: threading.Event, shard: Shard
+) -> None:
+    """Until every document has a row in every run, and every process that may still try one again has ended its share.
+
+    Raises:
+        RunError: E-RUN-02, time is up.  Interrupted.
+    """
     end, pause = time.monotonic() + timeout, 0.05
     for store in stores:
-        while missing := set(data.doc_ids) - store.rows().keys():
+        while awaited := _awaited(data, store, shard):
             if stop.is_set():
                 raise Interrupted("interrupted while waiting for the other processes; run the same command again.")
             if time.monotonic() > end:
                 raise RunError(
-                    f"E-RUN-02: {store.path.name}: {len(missing)} documents of other processes are missing after "
-                    f"{timeout:.0f} s (for example {min(missing)!r}). Run the command again to go on."
+                    f"E-RUN-02: {store.path.name}: {len(awaited)} documents of other processes are missing after "
+                    f"{timeout:.0f} s (for example {min(awaited)!r}). Run the command again to go on."
                 )
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
+
+
+def _awaited(data: LoadedBenchmark, store: RunStore, shard: Shard) -> set[str]:
+    """Documents without a row, and those that failed once and whose process has not ended its share in this launch.
+
+    A process that has ended it has tried them again, or they failed in this launch and are left for the next one.
+    """
+    rows = store.rows()
+    ended = store.ended_shares(shard.world, _launch()) | {shard.rank}
+    out = set()
+    for index, doc_id in enumerate(data.doc_ids):
+        row = rows.get(doc_id)
+        again = row is not None and row.error is not None and row.attempt < ATTEMPTS
+        if row is None or (again and index % shard.world not in ended):
+            out.add(doc_id)
+    return out
+
+
+def _launch() -> str:
+    """The same for all processes that were started together, and another for those of the next start, where the
+    starter says so."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+    return hashlib.sha256("\0".join(os.environ.get(name, "") for name in names).encode()).hexdigest()[:16]
 
 
 def _minor(version: str) -> str:

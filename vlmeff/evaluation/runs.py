@@ -19,7 +19,7 @@ from vlmeff.evaluation import statistics
 from vlmeff.evaluation.metrics import Metric, metrics
 from vlmeff.evaluation.results_schema import Cost, Latency, MetricValue, Quantiles, Run
 from vlmeff.evaluation.samples import SampleRow
-from vlmeff.zoo_schema import ABSOLUTE_PATH, SECRET
+from vlmeff.zoo_yaml import ABSOLUTE_PATH, SECRET
 
 RUN_SCHEMA = "vlmeff.run/1"
 # Metrics in points of their own: printed as they are, images resampled within categories, margin in % of the baseline.
@@ -141,7 +141,13 @@ def find_runs(
         replace(f, suffix=f" [{f.info['fingerprint'][:4]}]") if labels[f.info["benchmark"], f.label] > 1 else f
         for f in newest.values()
     ]
-    return sorted(told_apart, key=lambda f: (KINDS.index(f.info["kind"]), f.info["created"], f.label)), notes
+    return sorted(told_apart, key=_place), notes
+
+
+def _place(folder: RunFolder) -> tuple[int, str, str]:
+    """In tables: baseline, presets as they were started, controls by name, whatever the second in which they began."""
+    kind = folder.info["kind"]
+    return KINDS.index(kind), "" if kind == "control" else folder.info["created"], folder.label
 
 
 def _comparable(

@@ -40,7 +40,8 @@ class SampleRow:
 
     ``prediction``: raw text. ``parsed``: what the metric read in it (None: nothing). ``scores``: numbers by name, what
     metrics aggregate. ``error``: why there is no prediction; the document then counts as wrong. ``timing_valid`` is
-    False where the times may not be compared (another machine than the rest of the run). ``question`` and
+    False where the times may not be compared (another machine than the rest of the run), or where there are none.
+    ``vision_ms`` (vision encoder) and ``score_ms`` (choice of tokens) are parts of ``ttft_ms``. ``question`` and
     ``references`` are there for people who read a report, which is made without the benchmark's data.
     """
 
@@ -64,6 +65,8 @@ class SampleRow:
     kv_bytes_end: int | None = None
     prefill_gflops: float | None = None
     preprocess_ms: float | None = None
+    vision_ms: float | None = None
+    score_ms: float | None = None
     ttft_ms: float | None = None
     e2e_ms: float | None = None
     peak_mem_bytes: int | None = None

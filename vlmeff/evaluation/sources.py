@@ -157,7 +157,10 @@ def _heads(samples: Iterator[Sample], check: Check) -> tuple[list[str], list[str
     doc_ids, groups, seen = [], [], set[str]()
     for sample in samples:
         if sample.doc_id in seen:
-            raise DataError(f"E-DATA-03: the doc_id {sample.doc_id!r} occurs twice: runs cannot be joined by it.")
+            raise DataError(
+                f"E-DATA-03: duplicate doc_id {sample.doc_id!r}: runs cannot be joined by it. Get the data again, or "
+                "put them into a folder with ids of their own (--data-root)."
+            )
         check(sample)
         seen.add(sample.doc_id)
         doc_ids.append(sample.doc_id)
@@ -176,7 +179,7 @@ def easy_vqa(split: str, max_pixels: int = MAX_PIXELS) -> tuple[Sequence[Sample]
     except ImportError as error:
         raise MissingExtraError("easy_vqa", "eval", "the easy-vqa questions") from error
     if split not in ("train", "test"):
-        raise DataError(f"E-DATA-02: easy-vqa has no split {split!r}; it has train and test.")
+        raise DataError(f"E-DATA-02: easy-vqa has no split {split!r}: take train or test.")
     questions, answers, ids = getattr(package, f"get_{split}_questions")()
     paths = {number: Path(path) for number, path in getattr(package, f"get_{split}_image_paths")().items()}
     roots = {path.parent: path.parent.resolve() for path in paths.values()}
@@ -234,7 +237,8 @@ def open_saved(root: Path, hub: Hub, split: str, **options: Any) -> tuple[TableR
                 table = datasets.load_dataset(str(path), config, split=split)
         except (KeyError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"E-DATA-02: {where} has no data set with the split {split!r} and the configuration {config!r}: {error}"
+                f"E-DATA-02: {where} has no data set with the split {split!r} and the configuration {config!r} "
+                f"({error}). Save or download it with these."
             ) from error
         for file in sorted(path.rglob("*.*")):
             if ".cache" not in file.parts and file.is_file():
@@ -313,7 +317,8 @@ def _rows(table: Any, hub: Hub, images: Any, name: str, options: dict[str, Any])
     except (KeyError, TypeError, AttributeError) as error:
         columns = ", ".join(table.column_names)
         raise DataError(
-            f"E-DATA-03: {name} lacks a field or holds one of another type: {error}. It has {columns}."
+            f"E-DATA-03: {name} lacks a field or holds one of another type: {error}. It has {columns}. Take the "
+            "revision that the benchmark was made for, or put the data into a folder (--data-root)."
         ) from error
 
 

@@ -73,7 +73,10 @@ def bootstrap_mean(
     """
     values = np.asarray(values, np.float64)
     if values.size == 0:
-        raise DataError("E-STAT-01: there is no document to compare. Check that the runs cover the same documents.")
+        raise DataError(
+            "E-STAT-01: the runs do not cover the same doc ids: none is left to compare. Evaluate both on the same "
+            "benchmark and limit."
+        )
     value = float(values.mean())
     _, member = np.unique(np.asarray(groups), return_inverse=True) if groups is not None else (None, None)
     if member is None or member.max() + 1 == values.size:
@@ -169,30 +172,33 @@ def join(baseline: Sequence[SampleRow], candidate: Sequence[SampleRow], *, allow
     """The documents that both runs have, in the baseline's order.
 
     Raises:
-        DataError: E-STAT-01, a document is in one run only (unless ``allow_partial``), or in one run twice, or in
-            another group or category.
+        DataError: E-STAT-01, a document is in one run only (unless ``allow_partial``), or in another group or
+            category; E-DATA-03, a document is in one run twice.
     """
     by_id = {row.doc_id: row for row in candidate}
     ids = {row.doc_id for row in baseline}
     for name, rows, known in (("baseline", baseline, ids), ("candidate", candidate, by_id.keys())):
         if len(known) != len(rows):
             twice = Counter(row.doc_id for row in rows).most_common(1)[0][0]
-            raise DataError(f"E-STAT-01: the {name} has the document {twice!r} twice. Run the evaluation again.")
+            raise DataError(f"E-DATA-03: duplicate doc_id: the {name} has {twice!r} twice. Run the evaluation again.")
     alone = sorted(ids ^ by_id.keys())
     if alone and not allow_partial:
         names = ", ".join([*map(repr, alone[:3]), *(["..."] if len(alone) > 3 else [])])
         raise DataError(
-            f"E-STAT-01: {len(alone)} documents are in one of the two runs only ({names}): the runs are not "
-            "comparable. Evaluate both on the same documents, or join what they share (--allow-partial-join)."
+            f"E-STAT-01: the runs do not cover the same doc ids: {len(alone)} are in one of the two only ({names}). "
+            "Evaluate both on the same documents, or join what they share (--allow-partial-join)."
         )
     pairs = [(row, by_id[row.doc_id]) for row in baseline if row.doc_id in by_id]
     if not pairs:
-        raise DataError("E-STAT-01: the two runs share no document. Evaluate both on the same benchmark and limit.")
+        raise DataError(
+            "E-STAT-01: the runs do not cover the same doc ids: they share none. Evaluate both on the same benchmark "
+            "and limit."
+        )
     for b, c in pairs:
         if (b.group, b.category) != (c.group, c.category):
             raise DataError(
-                f"E-STAT-01: the document {b.doc_id!r} is in group {b.group!r}, category {b.category!r} of the "
-                f"baseline and in {c.group!r}, {c.category!r} of the candidate: the data differ. Run both again."
+                f"E-STAT-01: different data fingerprint: the document {b.doc_id!r} is in group {b.group!r}, category "
+                f"{b.category!r} of the baseline and in {c.group!r}, {c.category!r} of the candidate. Run both again."
             )
     return Pairs([b for b, _ in pairs], [c for _, c in pairs], len(alone))
 

@@ -3,6 +3,7 @@
     <output>/<model>/<benchmark>/<run>-<fingerprint>/
         run.json              what the run is, written first
         samples.rank0.jsonl   one line per finished document, by each process its own
+        ended.rank1.json      by each of several processes when it has tried all of its documents; gone once merged
         samples.jsonl         all of them, written at once at the end
         done.json             written last
 
@@ -12,6 +13,7 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -91,10 +93,46 @@ class RunStore:
     def is_done(self) -> bool:
         return (self.path / "done.json").exists()
 
-    def move_away(self) -> None:
-        """Keep an old run beside the new one (``--no-resume``)."""
-        if self.path.exists():
-            self.path.rename(self.path.with_name(f"{self.path.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}"))
+    def move_away(self) -> Path | None:
+        """Keep an old run beside the new one (``--no-resume``); returns where it is now, None if there was none.
+
+        Raises:
+            RunError: a living process writes there (E-RUN-01).
+        """
+        if not self.path.exists():
+            return None
+        for lock in self.path.glob("lock.rank*.json"):
+            holder = _holder(lock)
+            if holder is not None:
+                raise _locked(self.path.name, holder)
+        name = f"{self.path.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
+        places = (self.path.with_name(name + (f"-{n}" if n else "")) for n in itertools.count())
+        place = next(place for place in places if not place.exists())
+        self.path.rename(place)
+        return place
+
+    # -- shares of processes: which have ended in one launch
+
+    def begin_share(self, rank: int) -> None:
+        """A process begins: that it ended an earlier time counts no more."""
+        self._share(rank).unlink(missing_ok=True)
+
+    def end_share(self, rank: int, world: int, launch: str) -> None:
+        """A process has tried all of its documents. ``launch``: the same for the processes started with it."""
+        write_json(self._share(rank), {"world": world, "launch": launch})
+
+    def ended_shares(self, world: int, launch: str) -> set[int]:
+        """The ranks of so many processes of this launch that have ended."""
+        found = set()
+        for rank in range(world):
+            with suppress(FileNotFoundError):
+                about = json.loads(self._share(rank).read_text(encoding="utf-8"))
+                if (about.get("world"), about.get("launch")) == (world, launch):
+                    found.add(rank)
+        return found
+
+    def _share(self, rank: int) -> Path:
+        return self.path / f"ended.rank{rank}.json"
 
     def rows(self) -> dict[str, SampleRow]:
         """The last whole line of every document, over the files of all processes."""
@@ -122,6 +160,8 @@ class RunStore:
         rows = [found[doc_id] for doc_id in doc_ids]
         _replace(self.path / "samples.jsonl", "".join(_line(row) for row in rows))
         write_json(self.path / "done.json", {"documents": len(rows), "errors": sum(r.error is not None for r in rows)})
+        for share in self.path.glob("ended.rank*.json"):
+            share.unlink(missing_ok=True)
         return rows
 
 
@@ -169,16 +209,17 @@ class RowWriter:
             except FileExistsError:
                 holder = _holder(self._lock)
                 if holder is not None:
-                    raise RunError(
-                        f"E-RUN-01: {self._lock.parent.name} is being written by process {holder}; wait for it, or "
-                        "choose another --output."
-                    ) from None
+                    raise _locked(self._lock.parent.name, holder) from None
                 self._lock.unlink(missing_ok=True)
             else:
                 with os.fdopen(handle, "w") as file:
                     file.write(mine)
                 return
         raise RunError(f"E-RUN-01: {self._lock} cannot be taken; choose another --output.")
+
+
+def _locked(run: str, holder: str) -> RunError:
+    return RunError(f"E-RUN-01: {run} is being written by process {holder}; wait for it, or choose another --output.")
 
 
 def _holder(lock: Path) -> str | None:

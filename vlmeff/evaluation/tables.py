@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmeff.evaluation.results_schema import Comparison, Results, Run
+from vlmeff.evaluation.results_schema import Comparison, ControlComparison, Results, Run
 
 NONE = "\N{EN DASH}"
 MIB = 2**20
+CONTROLS_HEAD = (
+    "preset", "control", "Δ (95 % CI)", "verdict", "better b", "worse c", "p (McNemar)", "p (Holm)", "tokens",
+)  # fmt: skip
+ABOUT_CONTROLS = (
+    "Presets against the controls that they have to beat, paired by document; positive is better than the control. "
+    "Better and worse: the interval leaves out 0. Holm's adjustment goes over all presets, controls and benchmarks. "
+    "Tokens: visual tokens of the preset / the control's; 1.00 is an equal budget."
+)
 
 
 def markdown(results: Results) -> str:
@@ -49,6 +57,13 @@ def benchmark_table(results: Results, benchmark: str) -> str:
         lines += ["", *_table(head, [_tests(run, c) for run, c in compared])]
         if any(c.categories for _, c in compared):
             lines += ["", *_categories(compared)]
+    if beside := results.against_controls_of(benchmark):
+        lines += [
+            "",
+            *_table(CONTROLS_HEAD, [controls_row(c, runs[0].scale) for c in beside]),
+            "",
+            text(ABOUT_CONTROLS),
+        ]
     return "\n".join(lines)
 
 
@@ -92,6 +107,18 @@ def retained_table(results: Results) -> str:
     )
     table = _table(["retained accuracy, %", *names, "mean (95 % CI)"], rows)
     return "\n".join(["## Retained accuracy", "", *table, "", text(about)])
+
+
+def controls_row(c: ControlComparison, scale: float) -> list[str]:
+    """A preset against one control, under ``CONTROLS_HEAD``."""
+    return [
+        c.preset_label,
+        c.control_label,
+        signed(c.delta, scale) + _interval(c.ci95, scale),
+        c.verdict,
+        *_mcnemar(c),
+        NONE if c.token_ratio is None else f"{c.token_ratio:.2f}",
+    ]
 
 
 def number(value: float | None, factor: float = 1.0, decimals: int = 1) -> str:
@@ -144,14 +171,16 @@ def _row(run: Run, comparison: Comparison | None) -> list[str]:
     ]
 
 
+def _mcnemar(c: Comparison | ControlComparison) -> list[str]:
+    """b, c, p and Holm's p."""
+    counts = [str(c.mcnemar.b), str(c.mcnemar.c), probability(c.mcnemar.p)] if c.mcnemar else [NONE] * 3
+    return [*counts, NONE if c.p_holm is None else probability(c.p_holm)]
+
+
 def _tests(run: Run, c: Comparison) -> list[str]:
-    b, worse, p = (str(c.mcnemar.b), str(c.mcnemar.c), probability(c.mcnemar.p)) if c.mcnemar else (NONE, NONE, NONE)
     return [
         run.label,
-        b,
-        worse,
-        p,
-        NONE if c.p_holm is None else probability(c.p_holm),
+        *_mcnemar(c),
         f"{100 * c.churn:.1f} %",
         NONE if c.detectable is None else signed(c.detectable, run.scale).lstrip("+"),
         NONE if c.retained is None else f"{c.retained:.1f} %",

@@ -1,0 +1,126 @@
+"""Times of an answer: their parts, their repetition, and answers of equal length."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import vlmeff
+from vlmeff.evaluation import answering
+from vlmeff.evaluation.answering import Answerer
+from vlmeff.evaluation.benchmarks import get
+from vlmeff.evaluation.controls import make_runs
+from vlmeff.evaluation.stages import StageClock
+
+SLEEP = 0.05
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model, processor = vlmeff.load("tiny-llava", dtype="float32")
+    return model, processor, get("easy_vqa").load(limit=3)
+
+
+class Slow(nn.Module):
+    """A model whose encoder sleeps once outside hooks and once in a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.Identity()
+        self.base_model = self
+
+    def get_image_features(self, pixel_values):
+        time.sleep(SLEEP)
+        return self.tower(pixel_values)
+
+
+def test_what_a_method_computes_inside_the_encoder_is_not_the_encoders(monkeypatch):
+    model = Slow()
+    monkeypatch.setattr("vlmeff.evaluation.stages._hooked_modules", lambda model: [model.tower])
+    with StageClock(model, torch.device("cpu")) as clock:
+        handle = model.tower.register_forward_pre_hook(lambda *_: time.sleep(2 * SLEEP))
+        model.get_image_features(torch.zeros(1))
+        handle.remove()
+        time.sleep(SLEEP)  # choosing, after the encoder
+        whole = 1000 * 4 * SLEEP
+    vision, score = clock.times(SimpleNamespace(encode_ms=whole, inner=None))
+    assert vision >= 1000 * SLEEP
+    assert score >= 1000 * 2 * SLEEP
+    assert vision + score == pytest.approx(max(whole, clock._clock.between("start", "4")), abs=1)
+    assert clock.times(None) == (vision, None), "nothing was chosen"
+    assert clock.times(SimpleNamespace(encode_ms=None, inner=None)) == (vision, None)
+    assert clock.times(SimpleNamespace(encode_ms=whole, inner=object())) == (vision, None), "it cannot be told apart"
+    assert "get_image_features" not in model.__dict__
+    assert "forward" not in model.tower.__dict__
+    assert not model.tower._forward_pre_hooks
+
+
+def test_nothing_is_left_behind_when_the_call_fails():
+    model = Slow()
+    with pytest.raises(RuntimeError, match="stop"), StageClock(model, torch.device("cpu")) as clock:
+        raise RuntimeError("stop")
+    assert "get_image_features" not in model.__dict__
+    assert clock.times(None) == (None, None), "no encoder ran"
+
+
+def test_an_answer_of_fixed_length_is_the_same_answer(loaded):
+    model, processor, data = loaded
+    runs = make_runs(model, ["fast"], ["blank"])
+    ones = (1,) * len(runs)
+    usual, fixed = Answerer(model, processor), Answerer(model, processor, fixed_output=11)
+    for sample in data:
+        free = usual.answer(data.benchmark, sample, runs, ones)
+        forced = fixed.answer(data.benchmark, sample, runs, ones)
+        for a, b in zip(free, forced, strict=True):
+            assert a.output_tokens < 11
+            assert b.output_tokens == 11
+            assert (a.prediction, a.parsed, a.scores, a.hit_max) == (b.prediction, b.parsed, b.scores, b.hit_max)
+            assert a.kv_bytes_prefill == b.kv_bytes_prefill
+            assert a.kv_bytes_end < b.kv_bytes_end
+    together = fixed.answer_together(data.benchmark, list(data), runs, [ones] * len(data))
+    for sample, rows in zip(data, together, strict=True):
+        alone = fixed.answer(data.benchmark, sample, runs, ones)
+        assert [(r.prediction, r.output_tokens) for r in rows] == [(r.prediction, r.output_tokens) for r in alone]
+
+
+def test_the_times_of_a_row_are_the_medians_of_its_repeats(loaded, monkeypatch):
+    model, processor, data = loaded
+    order = []
+    times = iter([30.0, 5.0, 10.0, 7.0, 20.0, 6.0])
+    original = answering.generate_measured
+
+    def measured(model, inputs, **options):
+        order.append(vlmeff.is_wrapped(model))
+        value = next(times)
+        found = original(model, inputs, **options)
+        return dataclasses.replace(found, ttft_ms=value, e2e_ms=2 * value, score_ms=None, peak_bytes=int(value))
+
+    monkeypatch.setattr(answering, "generate_measured", measured)
+    runs = make_runs(model, ["fast"], [])
+    rows = Answerer(model, processor, repeats=3).answer(data.benchmark, data[0], runs, (1, 1))
+    assert order == [False, True] * 3, "the runs take turns"
+    assert [row.ttft_ms for row in rows] == [20.0, 6.0]
+    assert [row.e2e_ms for row in rows] == [40.0, 12.0]
+    assert [row.peak_mem_bytes for row in rows] == [30, 7]
+    assert [row.score_ms for row in rows] == [None, None]
+
+
+def test_a_failure_among_the_repeats_is_a_failure(loaded, monkeypatch):
+    model, processor, data = loaded
+    calls = []
+    original = answering.generate_measured
+
+    def measured(model, inputs, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("a kernel went wrong")
+        return original(model, inputs, **options)
+
+    monkeypatch.setattr(answering, "generate_measured", measured)
+    (row,) = Answerer(model, processor, repeats=3).answer(data.benchmark, data[0], make_runs(model, [], []), (1,))
+    assert row.error == "RuntimeError: a kernel went wrong"
