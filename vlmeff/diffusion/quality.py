@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmeff.diffusion.plan import transformers_of
 from vlmeff.diffusion.report import bytes_held
 from vlmeff.errors import ConfigError, UnsupportedModelError
 
@@ -28,6 +29,7 @@ SSIM_SIDE, SSIM_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 SAME_DB = 100.0  # PSNR of equal clips, and the most that counts: means stay finite
 SEEDS_APART = 1000
+PIXELS_AT_ONCE = 1 << 20
 
 Judge = Callable[[np.ndarray, Sequence[str]], Sequence[bool]]
 Clip = tuple[Any, Callable[[Any], Tensor], Callable[[list[str]], Tensor]]
@@ -81,6 +83,19 @@ def ssim(base: Tensor, other: Tensor) -> Tensor:
     c1, c2 = SSIM_K1**2, SSIM_K2**2
     similar = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
     return similar.mean((1, 2, 3))
+
+
+def clip_ssim(base: np.ndarray, other: np.ndarray) -> float:
+    """Mean of ``ssim`` over the frames of a clip, a few at a time (float64 frames are large).
+
+    Args:
+        base, other: [T, H, W, 3] floats in [0, 1].
+    """
+    some = max(1, PIXELS_AT_ONCE // (base.shape[1] * base.shape[2]))
+    pairs = [
+        (torch.from_numpy(base[i : i + some]), torch.from_numpy(other[i : i + some])) for i in range(0, len(base), some)
+    ]
+    return float(torch.cat([ssim(a, b) for a, b in pairs]).mean())
 
 
 @torch.no_grad()
@@ -184,8 +199,9 @@ class Reference:
 
     def render(self, pipe: Any, *, batch: int | None = None) -> Rendering:
         """The clips of a pipeline from the reference's prompts and noise, ``batch`` at a time."""
-        if isinstance(pipe, nn.Module) or not hasattr(pipe, "transformer"):
-            raise UnsupportedModelError(f"quality: {type(pipe).__name__} is not a video pipeline; pass the pipeline.")
+        if isinstance(pipe, nn.Module):
+            raise UnsupportedModelError(f"quality: {type(pipe).__name__} is a model; pass the pipeline it belongs to.")
+        transformers_of(pipe)  # there is one
         frames, latents, seconds, run, skipped = [], [], 0.0, 0, 0
         size = batch or self.batch
         for start in range(0, len(self.prompts), size):
@@ -219,7 +235,7 @@ class Reference:
 
     def compare(self, pipe: Any, *, batch: int | None = None) -> Quality:
         """Render with another pipeline (wrapped, shortened, trained, ...) and compare."""
-        return self.measure(self.render(pipe, batch=batch), transformer_bytes=bytes_held(pipe.transformer))
+        return self.measure(self.render(pipe, batch=batch), transformer_bytes=transformer_bytes(pipe))
 
     def measure(self, other: Rendering, *, transformer_bytes: int) -> Quality:
         """Compare clips that are rendered already; the reference's own give its judge's and CLIP's figures."""
@@ -231,8 +247,7 @@ class Reference:
         off = (other.latents.double() - base.latents.double()).flatten(1).norm(dim=1)
         errors = off / base.latents.double().flatten(1).norm(dim=1)
         levels = [psnr(a, b) for a, b in zip(base.frames, other.frames, strict=True)]
-        pairs = zip(base.frames, other.frames, strict=True)
-        alike = [float(ssim(torch.from_numpy(a), torch.from_numpy(b)).mean()) for a, b in pairs]
+        alike = [clip_ssim(a, b) for a, b in zip(base.frames, other.frames, strict=True)]
         scores = None if self.clip is None else clip_scores(other.frames, self.prompts, self.clip)
         right = None if self.judge is None else sum(map(bool, self.judge(other.frames, self.prompts)))
         return Quality(
@@ -292,7 +307,7 @@ def compare(
         clip=clip,
         progress=lambda done: progress(now[0], done),
     )
-    found = {"unwrapped": reference.measure(reference.rendering, transformer_bytes=bytes_held(pipe.transformer))}
+    found = {"unwrapped": reference.measure(reference.rendering, transformer_bytes=transformer_bytes(pipe))}
     for name, plan in plans.items():
         now[0] = name
         vlmeff.wrap(pipe, **{"preset": None, **plan})
@@ -301,6 +316,11 @@ def compare(
         finally:
             vlmeff.unwrap(pipe)
     return found
+
+
+def transformer_bytes(pipe: Any) -> int:
+    """Bytes of parameters and buffers of a pipeline's transformers."""
+    return sum(bytes_held(module) for module in transformers_of(pipe).values())
 
 
 def _report_parts(pipe: Any) -> tuple[Any, ...]:
