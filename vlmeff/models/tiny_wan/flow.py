@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from vlmeff.models.tiny_wan import clips
 from vlmeff.models.tiny_wan.architecture import FLOW_SHIFT, build_text_encoder, build_tokenizer
+from vlmeff.models.tiny_wan.autoencoding import decode_unclamped
 from vlmeff.models.tiny_wan.fitting import seeded
 
 CAPTION_DROPOUT = 0.1
@@ -85,10 +86,31 @@ def embed_prompts() -> Texts:
     return Texts(states=torch.cat([states, pad], 1), lengths=mask.sum(1))
 
 
-def shifted_sigmas(count: int, generator: torch.Generator) -> Tensor:
-    """[count] noise levels in (0, 1): one uniform draw per stratum, then the scheduler's shift."""
+def shifted_sigmas(count: int, generator: torch.Generator, shift: float = FLOW_SHIFT) -> Tensor:
+    """[count] noise levels in (0, 1): one uniform draw per stratum, then the shift, by default the scheduler's."""
     uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
+    return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+@torch.no_grad()
+def channel_weights(vae: AutoencoderKLWan, latents: Tensor, std: list[float], clips_used: int = 6) -> Tensor:
+    """[C] with mean 1: how far the picture moves (root mean square) when a normalized channel moves.
+
+    The VAE leaves some channels nearly unused; normalized, they would weigh as much as those that draw the shape.
+
+    Args:
+        latents: [N, C, T', H', W'] as the VAE gives them.  std: their standard deviation by channel.
+    """
+    some = latents[:clips_used]
+    base = decode_unclamped(vae, some)
+    moved = []
+    for channel, scale in enumerate(std):
+        noise = torch.randn(some[:, channel].shape, generator=seeded(channel))
+        other = some.clone()
+        other[:, channel] += 0.3 * scale * noise
+        moved.append((decode_unclamped(vae, other) - base).square().mean().sqrt())
+    weights = torch.stack(moved)
+    return weights / weights.mean()
 
 
 def flow_step(
@@ -100,17 +122,20 @@ def flow_step(
     seed: int,
     *,
     batch: int,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, str]:
     """The loss of one step.
 
     Args:
         latents: [N, C, T', H', W'] normalized; number i belongs to prompt i % 48.
+        weights: [C] of the channels' squared errors. With them, every other step draws noise levels without shift:
+            a shape's outline is settled where little noise is left.
     """
-    generator = seeded(seed, 21, step)
+    generator = seeded(seed, 21 if weights is None else 22, step)
     rows = torch.randint(len(latents), (batch,), generator=generator)
     clean = latents[rows]
     noise = torch.randn(clean.shape, generator=generator)
-    sigma = shifted_sigmas(batch, generator)
+    sigma = shifted_sigmas(batch, generator, FLOW_SHIFT if weights is None or step % 2 else 1.0)
     kinds = len(texts.states) - 1
     dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
     prompt = torch.where(dropped, kinds, rows % kinds)
@@ -120,5 +145,5 @@ def flow_step(
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * clean + level * noise
     velocity = transformer(noisy, sigma * 1000, texts.states[prompt], return_dict=False)[0]
-    loss = (velocity - (noise - clean)).square().mean()
-    return loss, ""
+    squared = (velocity - (noise - clean)).square().mean((0, 2, 3, 4))
+    return (squared if weights is None else squared * weights).mean(), ""
