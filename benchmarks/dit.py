@@ -21,7 +21,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -258,11 +257,16 @@ def main() -> None:
     result["dtype"] = next(iter(dense_dtypes(device)))
     result["torchao"] = importlib.metadata.version("torchao") if importlib.util.find_spec("torchao") else None
     result["times"] = "milliseconds of the processor" if kind == "cpu" else "milliseconds by the clock"
-    left_out: dict[str, str] = {}
-    rows, missing = linears(SHAPES, args.tokens or TOKENS[kind], args.rounds, device)
-    left_out |= missing
-    one, missing = block(WAN_1_3B, SIZES[kind], args.rounds, device)
-    left_out |= missing
+    result["left_out"] = {}
+
+    def save(part: str, found: Any, missing: dict[str, str]) -> None:
+        """After every part, so that a run that is interrupted leaves what it has measured."""
+        result[part] = found
+        result["left_out"] |= missing
+        result["seconds"] = round(time.perf_counter() - start)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
     if kind == "cpu":
         what = {"model": "tiny-wan", "weights_sha256": digests(weights), "call": CALL}
         whole, missing = end_to_end(pipelines(weights, CALL, device), CALL["num_inference_steps"], args.rounds, device)
@@ -273,12 +277,9 @@ def main() -> None:
             name: lambda make=make: steps_of(make(), SIZES["cuda"]) for name, make in variants(plain, device).items()
         }
         whole, missing = end_to_end(makers, 1, args.rounds, device)
-    left_out |= missing
-    result |= {"linears": rows, "block": one, "end_to_end": {**what, **whole}, "left_out": left_out}
-    result["load_average_at_the_end"] = [round(n, 2) for n in os.getloadavg()] if hasattr(os, "getloadavg") else None
-    result["seconds"] = round(time.perf_counter() - start)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    save("end_to_end", {**what, **whole}, missing)
+    save("block", *block(WAN_1_3B, SIZES[kind], args.rounds, device))
+    save("linears", *linears(SHAPES, args.tokens or TOKENS[kind], args.rounds, device))
     print(markdown(result))
 
 

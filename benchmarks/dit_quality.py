@@ -189,19 +189,22 @@ def measure(args: argparse.Namespace, header: Row, results: dict[str, Row], save
             vlmeff.unwrap(pipe)
             save()
         if not args.only:
-            order, curve = block_order(pipe)
-            header["dropped_blocks"] = curve
-            for point in curve[1:]:
-                name = f"{point['kept']} of {len(order) + 1} blocks"
+            if "dropped_blocks" not in header:
+                header["dropped_blocks"] = block_order(pipe)[1]
+            for point in header["dropped_blocks"][1:]:
+                name = f"{point['kept']} of {len(pipe.transformer.blocks)} blocks"
                 bar.update(task, description=name, completed=0)
-                with blocks.drop_blocks(pipe.transformer, point["keep"]):
-                    results.setdefault(name, row_of(reference.compare(pipe), group="dropped"))
+                if name not in results:
+                    with blocks.drop_blocks(pipe.transformer, point["keep"]):
+                        results[name] = row_of(reference.compare(pipe), group="dropped")
             save()
     if args.work is None:
         return
     data = training_data(args.weights, args.work, args.training_clips)
     for bits, kind, seed in runs(args):
         name = run_name(bits, kind, seed)
+        if results.get(name, {}).get("training", {}).get("steps") == args.steps:
+            continue
         config = training_config(bits, kind, seed, args.steps)
         run, seconds = trained(args.weights, data, config, args.work / name.replace(" ", "-"))
         export(run.transformer)

@@ -4,8 +4,9 @@
 
 The unwrapped model answers every open question of easy-vqa's test split; every other setting answers the same evenly
 spread part of them (``--limit``, for which the unwrapped model's score stands beside: ``open_part``), and all answer
-the same questions about mosaics of test images. The result file is written after every setting; a second run skips
-what is there.
+the same questions about mosaics of test images and about ``scenes`` (``--pictures`` of them; the unwrapped model three
+times as many, ``scenes_part`` are those of the others; the types that it answers below 60 % say nothing about pruning).
+The result file is written after every setting; a second run skips what is there.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.progress import Progress
 
 import vlmeff
 from tokenpruning import methods
+from vlmeff.evaluation import scenes
 from vlmeff.evaluation.questions import (
     Item,
     ask_items,
@@ -36,6 +39,7 @@ from vlmeff.evaluation.questions import (
 from vlmeff.loading import embedded_folder
 from vlmeff.vlm.wrapped import STATE
 
+TRAIN_PICTURES = 3000
 PRESETS = ("quality", "balanced", "fast", "smallest")
 RANDOM_SEEDS = {"fast": (0, 1, 2)}  # one seed for the other presets
 # Other methods at the budgets of two presets: 108 and 36 of 324 tokens (Fourier: the nearest square).
@@ -43,6 +47,20 @@ METHODS: dict[str, tuple[Any, ...]] = {
     "fast": ("hiprune++", "text", "divprune", "scope", "visionzip", vlmeff.Fourier(side=10)),
     "smallest": ("hiprune++", "divprune", "scope", "visionzip", vlmeff.Fourier(side=6)),
 }
+
+
+def scene_items(pictures: int) -> list[Item]:
+    """The questions of the benchmark ``scenes`` but reading, which the model was not trained for."""
+    types = [name for name in scenes.TYPES if name != "reading"]
+    return [
+        Item(np.asarray(s.images[0]()), s.question, s.answers[0], str(s.category))
+        for s in scenes.samples(pictures, types=types)
+    ]
+
+
+def question_only(pictures: int) -> dict[str, float]:
+    """Per type of scenes: right answers of the most frequent training answer of each question."""
+    return scenes.question_only_accuracy(scenes.samples(TRAIN_PICTURES, split="train"), scenes.samples(pictures))
 
 
 def share(items: list[Item], answers: list[str], kind: str) -> float:
@@ -55,7 +73,8 @@ def measure(model: Any, processor: Any, args: argparse.Namespace, label: str, *,
     open_items = easy_vqa_items(limit=None if full else args.limit)
     mosaics = mosaic_items(args.scenes, kinds=("position",), per_scene=2)
     describe = mosaic_items(args.scenes, kinds=("describe",), per_scene=1)
-    parts = [("open", open_items, 3), ("position", mosaics, 3), ("describe", describe, 30)]
+    drawn = scene_items(3 * args.pictures if full else args.pictures)
+    parts = [("open", open_items, 3), ("position", mosaics, 3), ("describe", describe, 30), ("scenes", drawn, 2)]
     if full:
         others = mosaic_items(
             args.scenes, kinds=("where", "count", "exists", "occupied", "position_object"), per_scene=1
@@ -95,6 +114,10 @@ def measure(model: Any, processor: Any, args: argparse.Namespace, label: str, *,
             else:
                 kinds = sorted({i.kind for i in items})
                 out[name] = {"n": len(items), **{kind: share(items, answers, kind) for kind in kinds}}
+                if full and name == "scenes":
+                    out["below_60"] = [kind for kind in kinds if out[name][kind] < 0.6]
+                    n = len(scene_items(args.pictures))
+                    out["scenes_part"] = {"n": n, **{kind: share(items[:n], answers[:n], kind) for kind in kinds}}
     return out
 
 
@@ -122,6 +145,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--limit", type=int, default=300, help="open questions of every setting but the unwrapped one")
     parser.add_argument("--scenes", type=int, default=200, help="mosaics")
+    parser.add_argument("--pictures", type=int, default=60, help="pictures of the benchmark scenes")
     args = parser.parse_args()
 
     model, processor = vlmeff.load(args.model)
@@ -132,6 +156,8 @@ def main() -> None:
         "weights_sha256": weights,
         "limit": args.limit,
         "scenes": args.scenes,
+        "pictures": args.pictures,
+        "question_only": {kind: round(value, 4) for kind, value in question_only(3 * args.pictures).items()},
         "blind_prior_open": round(blind_prior(easy_vqa_items()), 4),
         "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
@@ -142,7 +168,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     if args.out.exists():
         before = json.loads(args.out.read_text())
-        if all(before.get(k) == header[k] for k in ("weights_sha256", "limit", "scenes")):
+        if all(before.get(k) == header[k] for k in ("weights_sha256", "limit", "scenes", "pictures")):
             results = before["settings"]
     for label, arguments in settings():
         if label in results:

@@ -162,7 +162,7 @@ def committed() -> dict[str, Any]:
 
 
 def test_the_committed_result_is_of_these_settings_and_its_comparisons_are_of_its_documents(benchmark, committed):
-    assert committed["documents"] >= 500
+    assert committed["documents"] >= 200
     results = committed["settings"]
     assert set(results) == {"unwrapped"} | {benchmark.label(curve, r) for curve, r, _ in benchmark.settings()}
     for curve, keep_ratio, policies in benchmark.settings():
@@ -183,18 +183,22 @@ def test_the_committed_result_is_of_these_settings_and_its_comparisons_are_of_it
 
 
 @pytest.mark.parametrize("curve", ["prefixkv", "prefixkv mean"])
-def test_prefixkv_is_better_than_chance_and_the_ends_alone_at_the_ratios_in_use(committed, curve):
-    for other in ("random", "streaming_llm", "random with ends"):
-        for keep_ratio in ("0.3", "0.5"):
-            low, high = committed["comparisons"]["nll"][f"{curve} - {other}"][keep_ratio]["interval_95"]
+def test_prefixkv_is_better_than_chance_and_the_ends_alone_but_not_than_chance_between_the_same_ends(committed, curve):
+    """What the documentation says of it, for and against."""
+    found = committed["comparisons"]["nll"]
+    for keep_ratio in ("0.3", "0.5"):
+        for other in ("random", "streaming_llm"):
+            low, high = found[f"{curve} - {other}"][keep_ratio]["interval_95"]
             assert low <= high < 0, (other, keep_ratio)
+        low, _ = found[f"{curve} - random with ends"][keep_ratio]["interval_95"]
+        assert low > 0, keep_ratio
+    assert found[f"{curve} - random with ends"]["0.05"]["interval_95"][1] < 0
 
 
-def test_the_mean_metric_is_better_than_the_papers_and_than_every_random_draw_between_the_same_ends(committed):
-    results = committed["settings"]
+def test_the_mean_metric_is_better_than_the_papers_and_snapkv_of_eight_queries_better_than_both(committed):
+    found = committed["comparisons"]["nll"]
     for keep_ratio in ("0.05", "0.1", "0.3", "0.5"):
-        found = committed["comparisons"]["nll"]["prefixkv mean - prefixkv"][keep_ratio]
-        assert found["interval_95"][1] < 0
-        draws = results[f"random with ends {keep_ratio}"]["perplexity_of_seeds"]
-        assert len(draws) == 5
-        assert results[f"prefixkv mean {keep_ratio}"]["perplexity"] < min(draws)
+        assert found["prefixkv mean - prefixkv"][keep_ratio]["interval_95"][1] < 0
+        assert found["prefixkv - snapkv window 8"][keep_ratio]["interval_95"][0] > 0
+    for keep_ratio in ("0.1", "0.3", "0.5"):
+        assert found["prefixkv mean - snapkv window 8"][keep_ratio]["interval_95"][0] > 0

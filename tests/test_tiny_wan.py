@@ -52,9 +52,6 @@ def generate(pipe: Any, prompt: Any, seed: int = 0, **call: Any) -> np.ndarray:
     return pipe(prompt, generator=generator, output_type="np", **(CALL | call)).frames
 
 
-# ---- clips
-
-
 def test_a_clip_is_the_same_every_time_and_no_two_splits_share_one() -> None:
     first, again = clips.draw("train", 7), clips.draw("train", 7)
     assert first == again
@@ -108,9 +105,6 @@ def test_prompts_are_read_back_and_others_refused() -> None:
         clips.parse_prompt("a purple circle moving left")
 
 
-# ---- training
-
-
 def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def run(folder: Path, stops: tuple[int, ...]) -> dict[str, torch.Tensor]:
         folder.mkdir()
@@ -152,12 +146,13 @@ def test_one_command_trains_exports_and_resumes(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         autoencoding, "encode_clips", lambda *_: torch.randn(48, 8, 3, 8, 8, generator=fitting.seeded(5))
     )
+    monkeypatch.setattr(flow, "channel_weights", lambda *_: torch.ones(8))
     monkeypatch.setattr("sys.argv", ["train", "--work", str(tmp_path)])
     train.main()
     files = {name: (tmp_path / "weights" / name).read_bytes() for name in digests(tmp_path / "weights")}
     assert set(files) == set(digests(FOLDER))
     pipe = WanPipeline.from_pretrained(tmp_path / "weights")
-    trained = torch.load(tmp_path / "transformer.pt", weights_only=True)["averaged"]
+    trained = torch.load(tmp_path / "outline.pt", weights_only=True)["averaged"]
     for parameter, value in zip(pipe.transformer.parameters(), trained, strict=True):
         assert parameter.dtype == torch.float32
         torch.testing.assert_close(parameter.data, value.half().float(), rtol=0, atol=0)
@@ -276,9 +271,6 @@ def test_word_vectors_tell_the_words_apart() -> None:
     assert likeness[same].min() > likeness[~same].max() + 0.1
 
 
-# ---- what ships
-
-
 def test_the_folder_is_small_and_its_records_name_its_weights() -> None:
     assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) <= MAX_BYTES
     for name, digest in digests(FOLDER).items():
@@ -343,9 +335,6 @@ def test_the_probe_knows_real_clips() -> None:
 
 def test_the_codec_keeps_heldout_clips(pipe: Any) -> None:
     assert min(autoencoding.heldout_psnr(pipe.vae, 3)) >= 25
-
-
-# ---- the command
 
 
 def test_differences_are_of_the_last_run_to_the_first() -> None:

@@ -48,6 +48,12 @@ if TYPE_CHECKING:
     from vlmeff.planning import Forecast, plan
     from vlmeff.reporting import Report, report
     from vlmeff.shared import ManyAnswers, ask_many
+    from vlmeff.speculative.assistant import Assistant
+    from vlmeff.speculative.continuous import Continuous
+    from vlmeff.speculative.lookup import Lookup
+    from vlmeff.speculative.recycle import Recycle
+    from vlmeff.speculative.text import TextSpeculation
+    from vlmeff.speculative.text_report import TextStatistics
     from vlmeff.vlm.calibrate_kv import calibrate_prefixkv
     from vlmeff.vlm.clips import select_clips
     from vlmeff.vlm.relevance import EmbeddingText, OpenClipText, TowerText
@@ -55,6 +61,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdaptInfer": "tokenpruning",
+    "Assistant": "vlmeff.speculative.assistant",
+    "Continuous": "vlmeff.speculative.continuous",
     "DivPrune": "tokenpruning",
     "Downsample": "tokenpruning",
     "EmbeddingText": "vlmeff.vlm.relevance",
@@ -64,6 +72,7 @@ _HOMES = {
     "HiPrune": "tokenpruning",
     "HiPrunePlus": "tokenpruning",
     "KNorm": "kvcache",
+    "Lookup": "vlmeff.speculative.lookup",
     "ManyAnswers": "vlmeff.shared",
     "OpenClipText": "vlmeff.vlm.relevance",
     "Overlay": "vlmeff.drawing",
@@ -74,6 +83,7 @@ _HOMES = {
     "Random": "tokenpruning",
     "RandomKV": "kvcache",
     "Recipe": "kvcache",
+    "Recycle": "vlmeff.speculative.recycle",
     "Report": "vlmeff.reporting",
     "RetainedCache": "kvcache.cache",
     "Schedule": "tokenpruning",
@@ -81,6 +91,8 @@ _HOMES = {
     "SnapKV": "kvcache",
     "StreamingLLM": "kvcache",
     "TOVA": "kvcache",
+    "TextSpeculation": "vlmeff.speculative.text",
+    "TextStatistics": "vlmeff.speculative.text_report",
     "TextTopK": "tokenpruning",
     "TowerText": "vlmeff.vlm.relevance",
     "VLCache": "kvcache",
@@ -105,6 +117,8 @@ __all__ = [
     "H2O",
     "TOVA",
     "AdaptInfer",
+    "Assistant",
+    "Continuous",
     "DivPrune",
     "Downsample",
     "EmbeddingText",
@@ -113,6 +127,7 @@ __all__ = [
     "HiPrune",
     "HiPrunePlus",
     "KNorm",
+    "Lookup",
     "ManyAnswers",
     "OpenClipText",
     "Overlay",
@@ -123,12 +138,15 @@ __all__ = [
     "Random",
     "RandomKV",
     "Recipe",
+    "Recycle",
     "Report",
     "RetainedCache",
     "Schedule",
     "Scope",
     "SnapKV",
     "StreamingLLM",
+    "TextSpeculation",
+    "TextStatistics",
     "TextTopK",
     "TowerText",
     "VLCache",

@@ -15,6 +15,7 @@ from vlmeff import __version__
 from vlmeff.cli_calibrate import calibrate_app
 from vlmeff.cli_eval import eval_app
 from vlmeff.cli_generate import generate_app
+from vlmeff.cli_generate_image import image
 from vlmeff.cli_quantize import quantize_command
 from vlmeff.cli_qvgen import train_qvgen
 from vlmeff.cli_serve import serve_command
@@ -25,6 +26,7 @@ zoo_app = typer.Typer(no_args_is_help=True, help="The model zoo: verified models
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(calibrate_app, name="calibrate")
 app.add_typer(eval_app, name="eval")
+generate_app.command("image")(image)
 app.add_typer(generate_app, name="generate")
 
 out = Console()

@@ -14,6 +14,7 @@ from tokenpruning import InnerPruner, Method, Resampler, Selector, methods
 from tokenpruning.layout import Newline
 from vlmeff import zoo
 from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedCacheError, UnsupportedModelError
+from vlmeff.speculative.text import TextSpeculation
 from vlmeff.vlm.families import Family, family_of, is_vlm
 from vlmeff.vlm.families.base import Positions
 from vlmeff.vlm.inner_request import check_model
@@ -40,7 +41,7 @@ class Plan:
 
     ``reduction`` shortens the prompt before the language model, ``inner`` drops tokens between its layers, ``kv`` says
     which entries of the prompt the cache keeps. ``kv_optional``: it comes from the preset, so a call that it cannot
-    take part in goes without it.
+    take part in goes without it. ``text_speculation`` drafts and verifies what ``generate`` writes.
     """
 
     preset: str | None = None
@@ -51,6 +52,7 @@ class Plan:
     kv_storage: Any = None
     kv_headroom: int = 0
     kv_optional: bool = False
+    text_speculation: TextSpeculation | None = None
 
     @property
     def methods(self) -> list[Method]:
@@ -60,7 +62,11 @@ class Plan:
     @property
     def method_name(self) -> str:
         names = [methods.name_of(method) for method in self.methods]
-        return " + ".join(names if self.kv is None else [*names, policies.name_of(self.kv)]) or "none"
+        if self.kv is not None:
+            names.append(policies.name_of(self.kv))
+        if self.text_speculation is not None:
+            names.append(f"{self.text_speculation.drafter.name} speculation")
+        return " + ".join(names) or "none"
 
 
 def make_plan(

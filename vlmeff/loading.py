@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from vlmeff import zoo
 from vlmeff.environment import check_torchvision
 from vlmeff.errors import ConfigError, ModelLoadError, UnknownModelError
+from vlmeff.models.mar.loading import is_mar_folder, load_mar
 from vlmeff.wrapping import wrap
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -42,7 +43,7 @@ def load(
         **kwargs: passed to ``from_pretrained`` of the model.
     Returns:
         (model in evaluation mode, processor); the processor of a text-only model is its tokenizer, that of a video
-        pipeline or transformer is None.
+        pipeline or transformer or of a MAR generator is None.
     Raises:
         UnknownModelError: no such zoo name and neither a folder nor a hub id.
         ModelLoadError: the files are missing, broken or out of reach.
@@ -53,10 +54,16 @@ def load(
     source, entry_preset, pinned = _find(os.fspath(name))
     if pinned is not None and revision is None:
         revision = pinned
+    record = zoo.find_model(os.fspath(name))
+    if (record is not None and record.task == "class-to-image") or is_mar_folder(source):
+        options = {} if dtype == "auto" else {"dtype": dtype}
+        generator = load_mar(source, device=device, **options, **kwargs)
+        preset = preset if preset is not None else entry_preset
+        return (wrap(generator, preset) if preset is not None else generator), None
     from vlmeff.diffusion import loading as video
 
     with _without_network(local_files_only):
-        is_video = video.is_video(source, zoo.find_model(os.fspath(name)), local_files_only=local_files_only)
+        is_video = video.is_video(source, record, local_files_only=local_files_only)
     if is_video:
         pipe = video.load_video(source, revision=revision, dtype=dtype, device=device, **kwargs)
         preset = preset if preset is not None else entry_preset

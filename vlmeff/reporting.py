@@ -15,6 +15,7 @@ from kvcache import cache_bytes, full_cache_bytes
 from kvcache.report import RetentionReport
 from tokenpruning.plan import PrunePlan
 from vlmeff.errors import ConfigError
+from vlmeff.speculative.text_report import TextStatistics
 from vlmeff.vlm.cost import prefill_flops
 from vlmeff.vlm.inner import InnerRecord
 
@@ -32,7 +33,7 @@ class Report:
     ``retention`` says what each layer of the cache kept of the prompt that came to it, ``kv_storage`` how that is
     stored (None: as the model computes); ``kv_bytes`` of ``kv_bytes_full`` is the effect of all of it together;
     ``visual_tokens_label`` counts a layer behind which tokens are dropped as if it had lost them already, as the labels
-    of AdaptInfer's paper do.
+    of AdaptInfer's paper do. ``speculation``: what text speculation drafted and saved, None without it.
     """
 
     method: str = "none"
@@ -56,16 +57,22 @@ class Report:
     skipped: bool = False
     inner: InnerRecord | None = field(default=None, repr=False, compare=False)
     retention: RetentionReport | None = field(default=None, repr=False, compare=False)
+    speculation: TextStatistics | None = field(default=None, repr=False, compare=False)
     plan: PrunePlan | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain JSON values (without ``plan`` and ``inner``).
 
         "retention": None, or ``keep_ratio``, the ``layers`` retained, ``kept`` and ``prompt_tokens`` of each (a list
-        with one number per row), ``bytes``, ``full_bytes``, ``storage``.
+        with one number per row), ``bytes``, ``full_bytes``, ``storage``. "speculation": None, or the fields of
+        ``TextStatistics`` with ``tokens_per_pass`` and ``accept_rate``.
         """
-        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "inner", "retention")}
-        return out | {"retention": None if self.retention is None else self._retention(self.retention)}
+        nested = ("plan", "inner", "retention", "speculation")
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in nested}
+        return out | {
+            "retention": None if self.retention is None else self._retention(self.retention),
+            "speculation": None if self.speculation is None else self.speculation.to_dict(),
+        }
 
     def _retention(self, retention: RetentionReport) -> dict[str, Any]:
         return {
@@ -99,6 +106,8 @@ class Report:
         ]
         if self.new_tokens is not None:
             out.append(("new tokens", str(self.new_tokens), "measured"))
+        if self.speculation is not None:
+            out += self.speculation.rows_of_text()
         if self.retention is not None and self.retention.keep_ratio is not None:
             out.append(("KV entries of the prompt kept", shares_kept(self.retention), "measured"))
         if self.kv_storage is not None:

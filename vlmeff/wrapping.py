@@ -11,6 +11,7 @@ from kvcache import RetentionPolicy
 from vlmeff import zoo
 from vlmeff.config import TokensArgument, make_plan
 from vlmeff.errors import ConfigError, UnsupportedModelError
+from vlmeff.vlm.speculating import with_text_speculation
 from vlmeff.vlm.wrapped import STATE, attach, detach
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def wrap(
     configuration.
 
     Args:
-        model: a transformers vision-language model, or a video pipeline or transformer of diffusers
-            (``vlmeff.presets()`` and the README list what is supported).
+        model: a transformers vision-language model, a video pipeline or transformer of diffusers, or a MAR
+            generator (``vlmeff.presets()`` and the README list what is supported).
         preset: a name from ``model_zoo.yaml``; None applies only what is named.
         tokens: a token reduction method (``vlmeff.HiPrune(keep=0.5)``) or its name; replaces the preset's. A list
             joins one method before the language model with one inside it (``vlmeff.AdaptInfer``).
@@ -47,7 +48,10 @@ def wrap(
             preset's retention is left out of calls that it cannot take part in (static caches, torch.compile,
             training); ``kv=False`` leaves it out of all.
         quant: for video models, a scheme's name, ``vlmeff.Quant("w8a8_int8")`` or False; replaces the preset's.
-        text_speculation, draft: must be None in this version.
+        text_speculation: "lookup", "recycle", a smaller model of the same tokenizer, or ``vlmeff.TextSpeculation``:
+            ``generate`` drafts tokens and verifies several in one pass; the greedy text is that without it, sampled
+            text has the same law. One row at a time.
+        draft: of MAR generators, a smaller generator of the same tokens, for the modes that use one.
         **overrides: fields of the token method or the policy, for example ``keep=0.5``; and
             ``newline`` ("drop", "keep", "rows"): which separators of tiled pictures stay;
             ``positions`` ("repack", "keep"): how the survivors of one-dimensional positions are numbered;
@@ -57,6 +61,8 @@ def wrap(
             ``kv_headroom`` (columns): allocated ahead, so that a step need not copy the cache.
             Of video models: fields of ``vlmeff.Quant``; ``cache``: a feature cache of diffusers ("first_block") or
             False; ``attention_backend``: one of diffusers'; ``compile``: compile the repeated blocks.
+            Of MAR generators: fields of ``vlmeff.Continuous`` (``mode``, ``window``, ``delta``, ...), or
+            ``continuous=vlmeff.Continuous(...)``.
     Raises:
         UnsupportedModelError: nothing of what was asked for applies to this model.
         UnknownPresetError, UnknownNameError, ConfigError: an argument cannot work; the message names it.
@@ -68,13 +74,23 @@ def wrap(
         inapplicable = {"tokens": tokens, "kv": kv, "text_speculation": text_speculation, "draft": draft}
         attach_video(model, video.make_plan(model, preset, quant=quant, inapplicable=inapplicable, overrides=overrides))
         return model
+    if is_generator(model):
+        from vlmeff.speculative import plan as image
+        from vlmeff.speculative.wrapped import attach as attach_generator
+
+        inapplicable = {"tokens": tokens, "kv": kv, "text_speculation": text_speculation, "quant": quant}
+        config = image.make_plan(model, preset, draft=draft, inapplicable=inapplicable, overrides=overrides)
+        attach_generator(model, config, draft)
+        return model
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UnsupportedModelError(
             f"wrap: {type(model).__name__} is neither a transformers model nor a diffusers pipeline. Pass the object "
             "itself, for example AutoModelForImageTextToText.from_pretrained(...)."
         )
-    unavailable = {"text_speculation": text_speculation, "quant": quant, "draft": draft}
+    unavailable = {"quant": quant, "draft": draft}
     plan, family = make_plan(model, preset, tokens=tokens, kv=kv, unavailable=unavailable, overrides=overrides)
+    if text_speculation is not None:
+        plan = with_text_speculation(model, plan, text_speculation)
     attach(model, plan, family)
     return model
 
@@ -87,6 +103,10 @@ def unwrap(model: M) -> M:
         from vlmeff.diffusion.wrapped import detach as detach_video
 
         detach_video(model)
+    elif is_generator(model):
+        from vlmeff.speculative.wrapped import detach as detach_generator
+
+        detach_generator(model)
     else:
         detach(model)  # type: ignore[arg-type]
     return model
@@ -101,6 +121,11 @@ def is_diffusion(model: object) -> bool:
 def is_wrapped(model: object) -> bool:
     """Whether ``wrap`` is in force on this object."""
     return STATE in getattr(model, "__dict__", {})
+
+
+def is_generator(model: object) -> bool:
+    """Whether this is a MAR generator (``vlmeff.models.mar``); does not import it."""
+    return any(cls.__module__.startswith("vlmeff.models.mar.") for cls in type(model).__mro__)
 
 
 class PresetTable(list["zoo.PresetRow"]):

@@ -123,7 +123,7 @@ def resolve(model: object, preset: str, *, kind: Kind | None = None) -> Resolved
     Args:
         model: a live model or a name as in ``find_model``; one that the zoo does not know is a model without an entry.
         preset: "fast", or an entry such as "llava-1.5-7b/fast".
-        kind: "vlm" or "video", where the zoo does not know the model; "vlm" when None.
+        kind: "vlm", "video" or "image", where the zoo does not know the model; "vlm" when None.
 
     Raises:
         UnknownPresetError: neither an entry nor a preset; lists the nearest names.
@@ -183,8 +183,8 @@ def preset_table(model: object = None) -> list[PresetRow]:
             tokens_in = record.visual_tokens.per_image
             tokens_kept = kept_tokens(record.visual_tokens.grid, steps)
         text, status = " + ".join(map(str, steps)), entry.status if entry else None
-        summary = preset.summary if kind == "vlm" else preset.video_summary or preset.summary
-        rows.append(PresetRow(name, summary, text, status, tokens_in, tokens_kept))
+        summary = {"vlm": preset.summary, "video": preset.video_summary, "image": preset.image_summary}[kind]
+        rows.append(PresetRow(name, summary or preset.summary, text, status, tokens_in, tokens_kept))
     return rows
 
 
@@ -294,11 +294,16 @@ def _entry_of(zoo: Zoo, record: ModelRecord | None, preset: str) -> Entry | None
 
 def kind_of_model(model: object) -> Kind:
     """The kind of a live model that the zoo does not know."""
-    return "video" if any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__) else "vlm"
+    modules = [cls.__module__ for cls in type(model).__mro__]
+    if any(name.startswith("diffusers.") for name in modules):
+        return "video"
+    return "image" if any(name.startswith("vlmeff.models.mar.") for name in modules) else "vlm"
 
 
 def _has_geometry(model: object, record: ModelRecord) -> bool:
     """Whether a live model has the family and every size that the record states."""
+    if record.generator is not None:
+        return _is_generator(model, record)
     if record.transformer is not None:
         return _has_transformer(model, record)
     config: Any = getattr(model, "config", None)
@@ -334,3 +339,11 @@ def _has_transformer(model: object, record: ModelRecord) -> bool:
         return False
     width = (config.get("num_attention_heads") or 0) * (config.get("attention_head_dim") or 0)
     return (config.get("num_layers"), width) == (stated.layers, stated.hidden)
+
+
+def _is_generator(model: object, record: ModelRecord) -> bool:
+    """Whether a generator of continuous tokens has every size that the record states."""
+    config: Any = getattr(model, "config", None)
+    stated = record.generator
+    sizes = ("encoder_dim", "encoder_depth", "img_size", "class_num")
+    return stated is not None and all(getattr(config, size, None) == getattr(stated, size) for size in sizes)

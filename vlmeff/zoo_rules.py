@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from vlmeff.errors import UnknownNameError, VlmeffError
 from vlmeff.zoo_schema import Entry, FixedTokens, KeptTokens, ModelRecord, Problem, TokenFormula, ZooFile
-from vlmeff.zoo_steps import Kind, Step, Zoo, kept_tokens, kind_of, steps_of
+from vlmeff.zoo_steps import Kind, Step, Zoo, kept_tokens, kind_of, records_of, steps_of
 
 # (patch * merge) squared, from the config defaults of transformers 5.23.
 PIXELS_PER_TOKEN = {"qwen2_vl": 784, "qwen2_5_vl": 784, "qwen3_vl": 1024, "qwen3_vl_moe": 1024}
@@ -55,7 +55,7 @@ def entry_problems(zoo: Zoo, entry: Entry) -> Iterator[Problem]:
     if left in zoo.models and right in zoo.presets and (left, right) != (entry.model, entry.preset):
         yield bad(f"the name says {left} and {right}, the entry joins {entry.model} and {entry.preset}", "name")
 
-    steps = {step.method: step for step in (preset.steps if kind_of(record) == "vlm" else preset.video)}
+    steps = {step.method: step for step in records_of(preset, kind_of(record))}
     for method, override in entry.overrides.items():
         step = steps.get(method)
         if step is None:
@@ -128,6 +128,13 @@ def _build(step: Step, kind: Kind) -> None:
             Quant(**step.params)
         elif step.params.get("kind") not in CACHES:
             raise UnknownNameError("kind of feature_cache", str(step.params.get("kind")), CACHES)
+        return
+    if kind == "image":
+        from vlmeff.speculative.continuous import Continuous
+
+        if step.method != "continuous":
+            raise UnknownNameError("step for image", step.method, ("continuous",))
+        Continuous(**step.params)
         return
     from kvcache import policies
     from tokenpruning import methods

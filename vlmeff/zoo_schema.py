@@ -193,6 +193,15 @@ class Transformer(_Record):
     hidden: PositiveInt
 
 
+class Generator(_Record):
+    """The trunk of a generator of continuous tokens (MAR)."""
+
+    encoder_dim: PositiveInt
+    encoder_depth: PositiveInt
+    img_size: PositiveInt
+    class_num: PositiveInt
+
+
 class ModelRecord(_Record):
     """What a checkpoint is: source, licence, geometry.
 
@@ -218,6 +227,7 @@ class ModelRecord(_Record):
     vision: Vision | None = None
     llm: Decoder | None = None
     transformer: Transformer | None = None
+    generator: Generator | None = None
     method_params: dict[str, Params] = {}
     trained_with: Lines = ()
     positions: Literal["repack", "keep"] | None = None
@@ -235,6 +245,8 @@ class ModelRecord(_Record):
             raise ValueError("task image-text-to-text needs visual_tokens, vision and llm")
         if self.task == "text-to-video" and self.transformer is None:
             raise ValueError("task text-to-video needs transformer")
+        if self.task == "class-to-image" and self.generator is None:
+            raise ValueError("task class-to-image needs generator")
         return self
 
     @property
@@ -269,7 +281,8 @@ class StepRecord(_Record):
 
 
 class Preset(_Record):
-    """How a model is run: ``steps`` for vision-language models, ``video`` for video pipelines."""
+    """How a model is run: ``steps`` for vision-language models, ``video`` for video pipelines, ``image`` for generators
+    of continuous tokens."""
 
     name: SkipJsonSchema[str] = ""  # the key in ``presets``, written by ``_named``
     override: bool = False
@@ -277,15 +290,17 @@ class Preset(_Record):
     steps: Annotated[tuple[StepRecord, ...], Field(strict=False)] = ()
     video: Annotated[tuple[StepRecord, ...], Field(strict=False)] = ()
     video_summary: Text | None = None
+    image: Annotated[tuple[StepRecord, ...], Field(strict=False)] = ()
+    image_summary: Text | None = None
     notes: Lines = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Preset:
-        if bool(self.video) != (self.video_summary is not None):
-            raise ValueError("video and video_summary go together")
-        if not self.steps and not self.video:
-            raise ValueError("give steps (vision-language models) or video (video pipelines)")
-        for steps in (self.steps, self.video):
+        if bool(self.video) != (self.video_summary is not None) or bool(self.image) != (self.image_summary is not None):
+            raise ValueError("video and video_summary go together, image and image_summary too")
+        if not self.steps and not self.video and not self.image:
+            raise ValueError("give steps (vision-language models), video (video pipelines) or image (generators)")
+        for steps in (self.steps, self.video, self.image):
             methods = [step.method for step in steps]
             if len(set(methods)) != len(methods):
                 raise ValueError("a method occurs in more than one step")

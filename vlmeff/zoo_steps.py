@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vlmeff.zoo_schema import Entry, ModelRecord, Preset, StepOverride
+from vlmeff.zoo_schema import Entry, ModelRecord, Preset, StepOverride, StepRecord
 
-Kind = Literal["vlm", "video"]
+Kind = Literal["vlm", "video", "image"]
+TASKS: Mapping[str, Kind] = {"text-to-video": "video", "class-to-image": "image"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class Step:
 
 def kind_of(record: ModelRecord) -> Kind:
     """What kind of model a record is of."""
-    return "video" if record.task == "text-to-video" else "vlm"
+    return TASKS.get(record.task, "vlm")
+
+
+def records_of(preset: Preset, kind: Kind) -> tuple[StepRecord, ...]:
+    """A preset's steps for one kind of model, as written."""
+    return {"vlm": preset.steps, "video": preset.video, "image": preset.image}[kind]
 
 
 def steps_of(
@@ -60,7 +66,7 @@ def steps_of(
 ) -> tuple[Step, ...]:
     """The steps of a preset for one kind of model, with the parameters of model and entry."""
     steps = []
-    for step in preset.steps if kind == "vlm" else preset.video:
+    for step in records_of(preset, kind):
         own = record.method_params.get(step.method, {}) if record else {}
         override = entry.overrides.get(step.method, StepOverride()) if entry else StepOverride()
         keep = step.keep if override.keep is None else override.keep

@@ -136,7 +136,7 @@ def test_the_inner_model_without_a_head_is_refused_or_gives_short_hidden_states(
     assert output.last_hidden_state.shape[1] < inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("technique", ["quant", "draft", "text_speculation"])
+@pytest.mark.parametrize("technique", ["quant", "draft"])
 def test_a_technique_of_a_later_version_is_refused_by_name(technique):
     with pytest.raises(ConfigError, match=rf"{technique}=.*not available"):
         vlmeff.wrap(tiny_llava(), None, tokens=PRUNE, **{technique: "anything"})

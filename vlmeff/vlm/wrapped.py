@@ -21,6 +21,7 @@ from kvcache.cache import RetainedCache
 from vlmeff.config import Plan
 from vlmeff.errors import UnsupportedCacheError, UnsupportedInputError
 from vlmeff.reporting import Meter, Report, columns, text_flops, visual_tokens
+from vlmeff.speculative.text import TextDecoding
 from vlmeff.vlm.families import Family
 from vlmeff.vlm.families.base import present
 from vlmeff.vlm.inner import INNER_RECORD
@@ -35,6 +36,7 @@ from vlmeff.vlm.restoring import (
     RestoringProcessor,
     reduce_total_lengths,
 )
+from vlmeff.vlm.speculating import speculate
 
 STATE = "_vlmeff"
 # Entry points of transformers' continuous batching, which keeps a paged cache of its own.
@@ -238,6 +240,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = named.pop("inputs")
         if inputs is not None:
             named["input_ids"] = inputs
+    assistant_inputs = named.pop("assistant_inputs", None) if state.plan.text_speculation is not None else None
     meter = Meter(_device(model, named))
     callers_ids = named.get("input_ids")
     named, moved = move_padding(model, named, retains=_retains(named, state.plan))
@@ -255,6 +258,7 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if callers_ids is not None and (isinstance(request, ShortRequest) or moved is not None):
         prompt = CallersPrompt(callers_ids, short["input_ids"].shape[1])
         _show_prompt(prompt, short)
+    decoding = speculate(model, state.plan, named, short, assistant_inputs=assistant_inputs)
     if input_ids is not None:
         cache = short.get("past_key_values")
         meter.expect(input_ids.shape[1] - (int(cache.get_seq_length()) if cache is not None else 0))
@@ -283,7 +287,9 @@ def _generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = sequences
         else:
             result.sequences = sequences
-    state.report = _make_report(model, state, request, named, meter, new_tokens=new_tokens, inside=inside)
+    state.report = _make_report(
+        model, state, request, named, meter, new_tokens=new_tokens, inside=inside, decoding=decoding
+    )
     return result
 
 
@@ -350,6 +356,7 @@ def _make_report(
     *,
     new_tokens: int | None,
     inside: Inside,
+    decoding: TextDecoding | None = None,
 ) -> Report:
     plan = request.plan
     record = None if inside.inner is None else inside.inner.record
@@ -383,5 +390,6 @@ def _make_report(
         skipped=isinstance(request, Untouched) and request.skipped,
         inner=record,
         retention=inside.retention_report(),
+        speculation=None if decoding is None else decoding.statistics,
         **figures,
     )

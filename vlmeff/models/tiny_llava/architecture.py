@@ -19,18 +19,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vlmeff.evaluation.scenes.composition import WORDS as READABLE
+
 IMAGE_SIZE = 144
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
+# Slow rotations, as a question has to find a thing by its look wherever it lies among 324 tokens.
+ROPE_THETA = 1e6
 SHORT_ANSWER = "answer the question using a single word."
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
-WORDS = """
+# Ids follow this order: new words go to the end, so that weights trained with fewer words remain a starting point.
+WORDS = [
+    *"""
     user assistant : . , ? a an the is are in there of does do what which where how many image picture contain not no
     present color shape shapes black blue brown gray green red teal yellow circle circles rectangle rectangles triangle
     triangles describe top bottom left right yes zero one two three four single answer question using word with and
     to it this that on at you see can
-""".split()
+    or more than orange purple white square squares star stars cross crosses small big large smaller larger above
+    below leftmost rightmost topmost bottommost sign digit number phrase five
+    """.split(),
+    *"0123456789",
+    *READABLE,
+]
 
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'assistant' %} ASSISTANT: {% else %}USER: {% endif -%}
@@ -100,6 +111,7 @@ def build_config() -> LlavaConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=False,
         pad_token_id=ids["pad"],
         bos_token_id=ids["bos"],

@@ -72,11 +72,14 @@ class SeenPictures:
 
     PART = 200
 
-    def __init__(self, visual: Any, mean: Tensor, std: Tensor, folder: Path, seed: int) -> None:
+    def __init__(
+        self, visual: Any, mean: Tensor, std: Tensor, folder: Path, seed: int, pool: dict[str, int] | None = None
+    ) -> None:
         self.seed = seed
+        self.pool = POOL if pool is None else pool
         self.tiles = mosaics.load_tiles("train")
         self.of_image = easy_vqa_questions_of()
-        self.sizes = {**POOL, "single": min(POOL["single"], len(self.tiles))}
+        self.sizes = {**self.pool, "single": min(self.pool["single"], len(self.tiles))}
         folder.mkdir(parents=True, exist_ok=True)
         self.tokens: dict[str, list[Tensor]] = {}
         for kind, number in self.sizes.items():
@@ -106,7 +109,7 @@ class SeenPictures:
         return random.Random(f"tiny-qwen-mosaic-{self.seed}-{number}")
 
     def _scene(self, kind: str, number: int) -> int:
-        return FIRST_SCENE + number + (POOL["scenes"] if kind == "small" else 0)
+        return FIRST_SCENE + number + (self.pool["scenes"] if kind == "small" else 0)
 
     @torch.no_grad()
     def _look(self, visual: Any, mean: Tensor, std: Tensor, kind: str, numbers: Sequence[int]) -> list[Tensor]:
@@ -125,7 +128,7 @@ class SeenPictures:
 
     def get(self, kind: str, number: int) -> Seen:
         if kind == "mosaics":
-            picture = mosaic_picture(self._rng(number))
+            picture = self._picture(kind, number)
             things, questions = picture.things, picture.questions
         elif kind == "single":
             things = single_picture(self.tiles[number], ()).things
@@ -140,9 +143,9 @@ class SeenPictures:
 class EarlyHeads(nn.Module):
     """Row and column of a visual token, and the answer at a question's token; thrown away after training."""
 
-    def __init__(self, width: int, words: int) -> None:
+    def __init__(self, width: int, words: int, side: int = LARGEST_SIDE) -> None:
         super().__init__()
-        self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * LARGEST_SIDE))
+        self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * side))
         self.answer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, words))
 
 
@@ -150,6 +153,54 @@ def few_tokens(row: Seen, rng: random.Random) -> list[int]:
     """Raster indices of the tokens at centres and of as many others."""
     others = [i for i in range(len(row.tokens)) if i not in row.centres]
     return sorted({*row.centres, *rng.sample(others, min(len(others), len(row.centres)))})
+
+
+def choose(questions: Sequence[Question], rng: random.Random, often: dict[str, float]) -> list[Question]:
+    """Kinds by ``often``, then an answer, then a question: rare answers come as often as common ones."""
+    by_kind: dict[str, dict[str, list[Question]]] = {}
+    for q in questions:
+        by_kind.setdefault(q.kind, {}).setdefault(q.answer, []).append(q)
+    kinds = sorted(by_kind)
+    weights = [often.get(kind, 1.0) for kind in kinds]
+    out = []
+    for kind in rng.choices(kinds, weights, k=CONVERSATIONS):
+        by_answer = by_kind[kind]
+        out.append(rng.choice(by_answer[rng.choice(sorted(by_answer))]))
+    return out
+
+
+@dataclass
+class Row:
+    """One packed row: per token its id, conversation (0: seen by all), place, weight as a target, early answer."""
+
+    ids: list[int]
+    branch: list[int]
+    places: list[Any]
+    weight: list[float]
+    early: list[int]
+
+
+def padded_batch(rows: Sequence[Row], *, pad: int, nowhere: Any) -> dict[str, Tensor]:
+    """input_ids, labels, early, weight [B, L], position_ids [B, L, ...] and the additive block mask [B, 1, L, L]."""
+    length = -(-max(len(row.ids) for row in rows) // LENGTHS) * LENGTHS
+
+    def padded(values: Sequence[Any], fill: Any) -> Tensor:
+        return torch.tensor([[*v, *[fill] * (length - len(v))] for v in values])
+
+    input_ids = padded([row.ids for row in rows], pad)
+    branches = padded([row.branch for row in rows], -1)  # padding sees padding
+    weight = padded([row.weight for row in rows], 0.0)
+    order = torch.arange(length)
+    sees = (branches[:, None, :] == branches[:, :, None]) | (branches[:, None, :] == 0)
+    sees &= order[None, None, :] <= order[None, :, None]
+    return {
+        "input_ids": input_ids,
+        "labels": torch.where(weight > 0, input_ids, -100),
+        "early": padded([row.early for row in rows], -100),
+        "weight": weight,
+        "position_ids": padded([row.places for row in rows], nowhere),
+        "mask": torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.float32).min)[:, None],
+    }
 
 
 class Conversations:
@@ -176,17 +227,7 @@ class Conversations:
         return [*asked, *answer, self.end], [0.0] * len(asked) + [1 / len(answer)] * len(answer) + [EOS_WEIGHT]
 
     def choose(self, questions: Sequence[Question], rng: random.Random) -> list[Question]:
-        """Kinds by ``OFTEN``, then an answer, then a question: rare answers come as often as common ones."""
-        by_kind: dict[str, dict[str, list[Question]]] = {}
-        for q in questions:
-            by_kind.setdefault(q.kind, {}).setdefault(q.answer, []).append(q)
-        kinds = sorted(by_kind)
-        weights = [OFTEN.get(kind, 1.0) for kind in kinds]
-        out = []
-        for kind in rng.choices(kinds, weights, k=CONVERSATIONS):
-            by_answer = by_kind[kind]
-            out.append(rng.choice(by_answer[rng.choice(sorted(by_answer))]))
-        return out
+        return choose(questions, rng, OFTEN)
 
     def pack(
         self, rows: Sequence[Seen], rng: random.Random, kept: Sequence[Sequence[int] | None] | None = None
@@ -212,26 +253,9 @@ class Conversations:
                 early += [tokens[asked]] * asked + [-100] * (len(tokens) - asked)
                 branch += [number] * len(tokens)
                 places += [(start + max(row.grid) + i,) * 3 for i in range(len(tokens))]
-            packed.append((ids, branch, places, target, early))
-        length = -(-max(len(ids) for ids, *_ in packed) // LENGTHS) * LENGTHS
-
-        def padded(values: Sequence[Any], fill: Any) -> Tensor:
-            return torch.tensor([[*v, *[fill] * (length - len(v))] for v in values])
-
-        input_ids = padded([p[0] for p in packed], self.tokenizer.pad_token_id)
-        branches = padded([p[1] for p in packed], -1)  # padding sees padding
-        weight = padded([p[3] for p in packed], 0.0)
-        order = torch.arange(length)
-        sees = (branches[:, None, :] == branches[:, :, None]) | (branches[:, None, :] == 0)
-        sees &= order[None, None, :] <= order[None, :, None]
-        return {
-            "input_ids": input_ids,
-            "labels": torch.where(weight > 0, input_ids, -100),
-            "early": padded([p[4] for p in packed], -100),
-            "weight": weight,
-            "position_ids": padded([p[2] for p in packed], (0, 0, 0)).permute(2, 0, 1).contiguous(),
-            "mask": torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.float32).min)[:, None],
-        }
+            packed.append(Row(ids, branch, places, target, early))
+        batch = padded_batch(packed, pad=self.tokenizer.pad_token_id, nowhere=(0, 0, 0))
+        return {**batch, "position_ids": batch["position_ids"].permute(2, 0, 1).contiguous()}
 
 
 def text_layer(layer: Any, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

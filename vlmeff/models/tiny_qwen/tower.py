@@ -115,8 +115,8 @@ class TowerHeads(nn.Module):
             self.add_module(name, nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes)))
 
 
-def _labels(pictures: Sequence[Picture], grid: Grid, *, tokens: bool) -> dict[str, Tensor]:
-    """{"color", "shape", "size", "weight", "centre"}: [B, cells] in the processor's order."""
+def labels_of(pictures: Sequence[Picture], grid: Grid, *, tokens: bool) -> dict[str, Tensor]:
+    """{"color", "shape", "size", "weight", "centre"}: [B, cells]; tokens in raster order, patches as in the model."""
     if tokens:
         cells = instance_grids(pictures, grid).flatten(1)
     else:
@@ -138,8 +138,12 @@ def _labels(pictures: Sequence[Picture], grid: Grid, *, tokens: bool) -> dict[st
 
 
 def dense_loss(logits: Tensor, pictures: Sequence[Picture], grid: Grid, *, tokens: bool) -> tuple[Tensor, str]:
+    """``labelled_loss`` with the labels of whole pictures."""
+    return labelled_loss(logits, labels_of(pictures, grid, tokens=tokens), tokens=tokens)
+
+
+def labelled_loss(logits: Tensor, label: dict[str, Tensor], *, tokens: bool) -> tuple[Tensor, str]:
     """Mean losses over things and over background; ``logits`` [B, cells, classes] of one head."""
-    label = _labels(pictures, grid, tokens=tokens)
     sizes = [len(COLORS), len(SHAPES), len(SIZE_NAMES), 1] + [1] * tokens
     color, shape, size, thing, *centre = logits.float().split(sizes, -1)
     here = label["color"] != UNKNOWN

@@ -1,0 +1,1 @@
+"""tiny-mar: a trained MAR generator of handwritten digits and its draft. ``vlmeff.load("tiny-mar")``."""
