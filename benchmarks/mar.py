@@ -272,15 +272,45 @@ def plot(result: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
+def tables(result: dict[str, Any]) -> str:
+    """The rows of a result as Markdown."""
+
+    def cell(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    out = ["| way | acceptance | tokens / round | RMS | recognised | passes | rows | draft passes |", "|---" * 8 + "|"]
+    guided = {row["name"]: row for row in result.get("cfg_2", [])}
+    for row in result["cfg_1"]:
+        pair = [row, guided[row["name"]]] if row["name"] in guided else [row]
+        cells = [
+            " / ".join(cell(r[name], digits) for r in pair)
+            for name, digits in (("acceptance", 2), ("tokens_per_round", 2), ("rms", 4), ("recognised", 2))
+        ]
+        counts = [" / ".join(str(r[name]) for r in pair) for name in ("target_passes", "target_rows", "draft_passes")]
+        out.append("| " + " | ".join([row["name"], *cells, *counts]) + " |")
+    out += [
+        "",
+        f"| one picture | passes | RMS | times as fast ({result['batch_1']['speedup_of']}) |",
+        "|---|---|---|---|",
+    ]
+    for name, f in result["batch_1"]["ways"].items():
+        out.append(f"| {name} | {f['target_passes']:.1f} | {f['rms']:.4f} | {f['speedup']:.2f} |")
+    return "\n".join(out)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tables", action="store_true", help="print the result file as Markdown instead of measuring")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=Path, default=shipped(), help="another pair: a folder with a subfolder draft")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5, help="of the runs at batch 1")
     parser.add_argument("--cfg", type=float, nargs="*", default=[1.0, 2.0])
     args = parser.parse_args(arguments)
+    if args.tables:
+        print(tables(json.loads(args.out.read_text())))
+        return
     device = torch.device(args.device)
     target = load_mar(args.weights, device=device).requires_grad_(False)
     draft = load_draft(args.weights, device=device).requires_grad_(False)

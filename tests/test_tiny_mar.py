@@ -239,13 +239,12 @@ def test_models_of_latents_need_their_vae(tmp_path):
     assert "--vae" in str(result.exception)
 
 
-def test_official_checkpoint_file_can_be_drawn_from(tmp_path):
-    """Of latents, with a VAE; tiny in every dimension but the VAE's names."""
+def test_official_checkpoint_file_is_read_and_asks_for_its_vae(tmp_path):
     config = MARConfig.named("mar_nano_digits", latent_shift=0.0, latent_scale=1.0)
     torch.manual_seed(0)
     state = MAR(config).state_dict()
     torch.save({"model": state, "model_ema": state, "epoch": 1}, tmp_path / "checkpoint-last.pth")
-    # Patches of 4 numbers read as 1 x 1 patches of a VAE with 4 channels: the shapes say so, and it needs a VAE.
+    # Without a configuration the shapes decide: tokens of 4 numbers are those of a VAE with 4 channels.
     result = run("--model", str(tmp_path / "checkpoint-last.pth"), "--out", str(tmp_path / "a.png"), fails=True)
     assert isinstance(result.exception, ConfigError)
     assert "--vae" in str(result.exception)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vlmeff.errors import ConfigError
 
-generate_app = typer.Typer(no_args_is_help=True, help="Generate with diffusion pipelines, wrapped beside unwrapped.")
+generate_app = typer.Typer(no_args_is_help=True, help="Generate videos and pictures, accelerated beside plain.")
 
 out = Console()
 err = Console(stderr=True)
@@ -21,7 +21,7 @@ err = Console(stderr=True)
 
 @generate_app.callback()
 def generate() -> None:
-    """Generate with diffusion pipelines, wrapped beside unwrapped."""
+    """Generate videos and pictures, accelerated beside plain."""
 
 
 @generate_app.command("video")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_video import wan_transformer
 
 import vlmeff
 from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
@@ -73,7 +74,6 @@ def test_arguments_that_cannot_work_name_themselves(model, arguments, error, wor
 
 
 def test_a_draft_is_for_generators_alone():
+    video, draft = wan_transformer(), load_draft()
     with pytest.raises(UnsupportedModelError, match="draft"):
-        from tiny_video import wan_transformer
-
-        vlmeff.wrap(wan_transformer(), None, draft=load_draft())
+        vlmeff.wrap(video, None, draft=draft)

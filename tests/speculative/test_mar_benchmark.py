@@ -45,6 +45,8 @@ def test_a_result_has_every_way_and_the_fewer_steps_beside_it(benchmark: Any, tm
     assert set(result["goal"]["passed"]) == {"tokens_per_round", "rms", "speedup"}
     assert result["torch"] == torch.__version__
     assert out.with_suffix(".png").stat().st_size > 5000
+    printed = benchmark.tables(result)
+    assert all(f"| {row['name']} | " in printed for row in result["cfg_1"])
 
 
 def test_costs_of_calls_are_measured_at_any_geometry(benchmark: Any) -> None:

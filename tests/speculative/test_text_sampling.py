@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from scipy.stats import chi2
@@ -26,31 +28,31 @@ def p_value(counts: Tensor, law: Tensor) -> float:
     return float(chi2.sf(statistic, counts.numel() - 1))
 
 
-def chosen(g: torch.Generator, q: tuple[Tensor, Tensor]) -> Draft:
+def chosen() -> list[Draft]:
     """A tree that the random numbers of the walk have nothing to do with."""
-    return Draft([0, 3, 1], [-1, -1, 0])
+    return [Draft([0, 3, 1], [-1, -1, 0])] * SEQUENCES
 
 
-def drawn(g: torch.Generator, q: tuple[Tensor, Tensor]) -> Draft:
-    first = q[0].softmax(-1)
-    token = int(torch.multinomial(first, 1, generator=g))
-    return Draft.chain([token], first[None])
+def drawn() -> list[Draft]:
+    """Each token from another distribution than the model's."""
+    q = tables(1)[0].softmax(-1)
+    of_token = [Draft.chain([token], q[None]) for token in range(WORDS)]
+    g = torch.Generator().manual_seed(8)
+    return [of_token[token] for token in torch.multinomial(q, SEQUENCES, replacement=True, generator=g).tolist()]
 
 
-@pytest.mark.parametrize("draft_of", [chosen, drawn], ids=["a chosen tree", "a drawn chain"])
-def test_pairs_of_tokens_have_the_law_of_the_model(draft_of) -> None:
+@pytest.mark.parametrize("drafts_of", [chosen, drawn], ids=["a chosen tree", "a drawn chain"])
+def test_pairs_of_tokens_have_the_law_of_the_model(drafts_of: Callable[[], list[Draft]]) -> None:
     first, second = tables(0)
     temperature = 0.8
     law = (first / temperature).softmax(-1)[:, None] * (second / temperature).softmax(-1)
     counts = torch.zeros(WORDS, WORDS)
     torch.manual_seed(7)
-    g = torch.Generator().manual_seed(8)
-    q = tables(1)
-    for _ in range(SEQUENCES):
-        draft = draft_of(g, q)
-        logits = torch.stack([first, *(second[token] for token in draft.tokens)])
+    drafts = drafts_of()
+    passes = {id(draft): torch.stack([first, *(second[token] for token in draft.tokens)]) for draft in drafts}
+    for draft in drafts:
         said: list[int] = []
-        for token, row, _own, _scores in walk(draft, logits, lambda x: x / temperature, do_sample=True):
+        for token, row, _own, _scores in walk(draft, passes[id(draft)], lambda x: x / temperature, do_sample=True):
             said.append(token)
             if len(said) == 2 or not row:
                 break

@@ -104,7 +104,8 @@ class Player:
         self._count(passes=1, rows=len(tokens))
         if self.unconditional is None:
             return Contexts(z, None, sample, units)
-        return Contexts(*z.chunk(2), sample, units)
+        conditional, unconditional = z.chunk(2)
+        return Contexts(conditional, unconditional, sample, units)
 
     def run(
         self,

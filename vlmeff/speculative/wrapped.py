@@ -149,8 +149,9 @@ def attach(model: Any, config: Continuous, draft: Any = None) -> None:
     if STATE in model.__dict__:
         detach(model)
     # Not by setattr: the draft must not become a submodule of the model.
-    object.__setattr__(model, STATE, State(config, type(model), draft))
-    model.__class__ = _wrapped_class(type(model))
+    original: Any = type(model)
+    object.__setattr__(model, STATE, State(config, original, draft))
+    model.__class__ = _wrapped_class(original)
 
 
 def detach(model: Any) -> None:

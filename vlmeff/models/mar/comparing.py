@@ -97,7 +97,7 @@ def compare_modes(
     """
     steps = model.config.seq_len if num_iter is None else num_iter
 
-    def sample(steps: int, **mode: None) -> MAROutput:
+    def sample(steps: int, **mode: Any) -> MAROutput:
         return model.sample(torch.tensor(labels), num_iter=steps, cfg=cfg, seed=seed, **mode)
 
     sample(max(1, steps // 8), mode=None)  # the first call in a process is slower
