@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from measuring import environment, interleaved, timed
 
-from vlmeff.errors import MissingExtraError
 from vlmeff.models.mar.config import MARConfig
 from vlmeff.models.mar.loading import load_draft, load_mar, shipped
 from vlmeff.models.mar.trunk import MAR
@@ -101,7 +100,7 @@ def quality() -> Callable[[torch.Tensor, torch.Tensor], float] | None:
 
     try:
         machine, _ = digits.classifier()
-    except MissingExtraError:
+    except ImportError:
         return None
     return lambda images, labels: digits.recognised(machine, images.cpu(), labels.cpu())
 

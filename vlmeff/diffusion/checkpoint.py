@@ -203,8 +203,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, record
 
 
-def _config_of(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
+def _config_of(model: Any) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
     if hasattr(model, "to_json_string") and hasattr(model, "config_name"):  # diffusers' ConfigMixin
         return json.loads(model.to_json_string())
     if hasattr(config, "to_diff_dict"):

@@ -85,8 +85,8 @@ class DiffusionReport:
                 total = part.blocks_run + part.blocks_skipped
                 rows.append((f"{part.component} blocks skipped", f"{part.blocks_skipped} of {total}", "measured"))
         if self.estimate is not None:
-            share, gain = self.estimate.linear_share, self.estimate.gain(linears=2)
-            rows.append(("linear layers", f"{share:.0%} of the operations", "counted"))
+            of_all, gain = self.estimate.linear_share, self.estimate.gain(linears=2)
+            rows.append(("linear layers", f"{of_all:.0%} of the operations", "counted"))
             rows.append(("gain of layers twice as fast", f"{gain:.2f}x at most", "computed, not measured"))
         if self.total_ms is not None:
             rows.append(("total ms", f"{self.total_ms:.1f}", "measured"))

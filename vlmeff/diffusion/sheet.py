@@ -27,6 +27,7 @@ def write_mp4(frames: np.ndarray, file: Path, *, fps: int = 8) -> None:
     import imageio.v2 as imageio
 
     # Odd sides cannot be coded in yuv420p; imageio enlarges to a multiple of this.
+    writer: Any
     with imageio.get_writer(file, fps=fps, codec="libx264", quality=9, macro_block_size=2) as writer:
         for frame in enlarged(frames):
             writer.append_data(frame)

@@ -79,7 +79,7 @@ def attach(model: Any, plan: DiffusionPlan) -> None:
     for note in state.notes:
         logger.info("vlmeff: %s", note)
     object.__setattr__(model, STATE, state)
-    model.__class__ = _wrapped_class(type(model))
+    model.__class__ = _wrapped_class(state.original_class)
     state.report = _report(model, state)
 
 
@@ -276,8 +276,12 @@ def _estimate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fore
     given = bound.arguments
     config = model.transformer.config
     # Pipelines whose default size is None take it from the transformer's configuration.
-    spatial = getattr(model, "vae_scale_factor_spatial", None) or getattr(model, "vae_spatial_compression_ratio", None)
-    temporal = getattr(model, "vae_scale_factor_temporal", None) or getattr(model, "vae_temporal_compression_ratio", 4)
+    spatial: Any = getattr(model, "vae_scale_factor_spatial", None) or getattr(
+        model, "vae_spatial_compression_ratio", None
+    )
+    temporal: Any = getattr(model, "vae_scale_factor_temporal", None) or getattr(
+        model, "vae_temporal_compression_ratio", 4
+    )
     height, width, frames = (given.get(name) for name in ("height", "width", "num_frames"))
     if spatial is not None:
         height = height or (config.get("sample_height") or 0) * spatial

@@ -295,9 +295,10 @@ def _median(rows: Sequence[SampleRow]) -> SampleRow:
         return bad or rows[0]
     times = {name: [getattr(row, name) for row in rows] for name in TIMES}
     peaks = [row.peak_mem_bytes for row in rows if row.peak_mem_bytes is not None]
+    medians: dict[str, Any] = {n: None if None in values else statistics.median(values) for n, values in times.items()}
     return replace(
         rows[0],
-        **{name: None if None in values else statistics.median(values) for name, values in times.items()},
+        **medians,
         peak_mem_bytes=max(peaks, default=None),
     )
 

@@ -190,12 +190,14 @@ class VlmeffSimple(_Vlmeff):
 
 
 def _loaded(arguments: ModelArguments, device: torch.device) -> tuple[Any, Any]:
+    attention = arguments.attn_implementation
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     model, processor = load(
         arguments.pretrained,
         revision=arguments.revision,
         dtype=arguments.dtype,
         device=device,
-        **({"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}),
+        **options,
     )
     # A zoo entry ("tiny-llava/fast") comes wrapped already; any preset replaces what it came with.
     preset = arguments.preset

@@ -45,8 +45,8 @@ class Probe(nn.Module):
         return dict(zip(ANSWERS, logits.split([len(a) for a in ANSWERS.values()], dim=1), strict=True))
 
 
-def _layer(inputs: int, outputs: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> list[nn.Module]:
-    padding = tuple(k // 2 for k in kernel)
+def _layer(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> list[nn.Module]:
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
     return [nn.Conv3d(inputs, outputs, kernel, stride, padding), nn.GroupNorm(4, outputs), nn.GELU()]
 
 
