@@ -32,7 +32,9 @@ def quantize_command(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Calibration prompt of svdq schemes; may be repeated.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of each calibration video.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps of each calibration video; the pipeline's own.")
+    ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Of the calibration videos; the pipeline's own.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Of the calibration videos; the pipeline's own.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Of the calibration videos; the pipeline's own.")] = None,
@@ -58,21 +60,19 @@ def quantize_command(
         raise ConfigError(f"--out {str(to)!r} is not an empty folder; name another one, or pass --overwrite.")
 
     from vlmeff.diffusion.plan import Quant, transformers_of
+    from vlmeff.diffusion.rules import as_rules
     from vlmeff.loading import load
 
     calibrate: dict[str, Any] | None = None
     if prompt:
-        sizes = {"height": height, "width": width, "num_frames": frames}
+        sizes = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps}
         given = {key: value for key, value in sizes.items() if value is not None}
-        calibrate = {"prompt": list(prompt), "num_inference_steps": steps, **given}
-    with err.status("loading"):
-        loaded, _ = load(model, revision=revision, device=device)
-    modules = transformers_of(loaded)
+        calibrate = {"prompt": list(prompt), **given}
     quant = Quant(
         scheme,
         group=group,
         rank=rank,
-        rules=[(pattern, "keep", "--keep") for pattern in keep] if keep else None,
+        rules=as_rules([(pattern, "keep", "--keep") for pattern in keep]) if keep else None,
         calibrate=calibrate,
         alpha=alpha,
         refine=refine,
@@ -80,6 +80,9 @@ def quantize_command(
         memory_gb=memory_gb,
         keep_original=False,
     )
+    with err.status("loading"):
+        loaded, _ = load(model, revision=revision, device=device)
+    modules = transformers_of(loaded)
     if dry_run:
         _dry_run(modules, quant, as_json=as_json)
         return
@@ -113,12 +116,18 @@ def quantize_command(
 
 def _dry_run(modules: dict[str, Any], quant: Any, *, as_json: bool) -> None:
     from vlmeff.diffusion.families import dry_run
+    from vlmeff.diffusion.schemes import LayerSpec, get_scheme
     from vlmeff.diffusion.wrapped import choose_scheme
 
     tables = {}
     for name, module in modules.items():
         scheme, why = choose_scheme(module, quant)
-        table = dry_run(module, scheme, list(quant.rules) if quant.rules else None)
+        asked = get_scheme(scheme, group=quant.group, rank=quant.rank)
+
+        def spec_of(other: str, asked: LayerSpec = asked) -> LayerSpec:
+            return asked if other == asked.scheme else get_scheme(other)
+
+        table = dry_run(module, scheme, list(quant.rules) if quant.rules else None, spec_of=spec_of)
         tables[name or type(module).__name__] = {"scheme": scheme, "why": why, **table.to_dict()}
         if not as_json:
             out.print(f"{name or type(module).__name__}: {scheme} {f'({why})' if why else ''}", highlight=False)

@@ -190,3 +190,34 @@ def test_a_broken_pipeline_says_what_to_check(tmp_path):
     (tmp_path / "vae" / "config.json").unlink()
     with pytest.raises(ModelLoadError, match=r"model_index\.json"):
         vlmeff.load(tmp_path)
+
+
+@torch.no_grad()
+def test_save_pretrained_of_a_wrapped_pipeline_is_a_quantized_checkpoint(tmp_path):
+    pipe = wan_pipeline()
+    vlmeff.wrap(pipe, None, quant="w8a8_int8")
+    latents = generate(pipe)
+    pipe.save_pretrained(tmp_path / "wrapped")
+    vlmeff.unwrap(pipe)
+    loaded, _ = vlmeff.load(tmp_path / "wrapped")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(loaded), latents)
+    loaded.save_pretrained(tmp_path / "again")
+    assert is_quantized_folder(tmp_path / "again" / "transformer")
+    pipe.save_pretrained(tmp_path / "plain")
+    assert not is_quantized_folder(tmp_path / "plain" / "transformer")
+
+
+def test_what_a_pipeline_is_called_with_travels_along(tmp_path):
+    pipe, _ = vlmeff.load("tiny-wan")
+    vlmeff.wrap(pipe, None, quant="w4a16")
+    save_pipeline(pipe, tmp_path)
+    assert json.loads((tmp_path / "call.json").read_text())["height"] == 64
+    vlmeff.unwrap(pipe)
+
+
+def test_a_dtype_that_is_asked_for_is_used(saved):
+    model, _ = vlmeff.load(saved, dtype=torch.bfloat16)
+    assert model.proj_out.weight.dtype == torch.bfloat16
+    assert model.blocks[0].attn1.to_q.w_scale.dtype == torch.bfloat16  # groups are stored so
+    assert model.blocks[0].attn1.to_q.qweight.dtype == torch.uint8

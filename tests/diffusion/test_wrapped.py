@@ -274,3 +274,44 @@ def test_a_text_encoder_is_quantized_and_comes_back(pipe, plain):
     assert part.bytes_after < 0.4 * part.bytes_before
     vlmeff.unwrap(pipe)
     assert torch.equal(generate(pipe), plain)
+
+
+def test_an_aborted_call_leaves_nothing_in_the_cache(pipe):
+    def abort(*_):
+        raise KeyboardInterrupt
+
+    vlmeff.wrap(pipe, None, cache={"kind": "first_block", "threshold": 0.9})
+    try:
+        expected = generate(pipe, num_inference_steps=4)
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe, prompt="a blue square moving up", callback_on_step_end=abort)
+        assert torch.equal(generate(pipe, num_inference_steps=4), expected)
+    finally:
+        vlmeff.unwrap(pipe)
+
+
+def test_a_cast_after_wrapping_is_followed_when_unwrapping():
+    model, inputs = wan_transformer(), wan_inputs()
+    vlmeff.wrap(model, None, quant="w8a8_int8")
+    model.to(torch.bfloat16)
+    vlmeff.unwrap(model)
+    expected = wan_transformer().to(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    with torch.no_grad():
+        model(**{name: value.to(torch.bfloat16) for name, value in inputs.items()})
+
+
+def test_a_quantized_model_pickles_and_a_cached_one_says_why_not(pipe):
+    import pickle
+
+    model, inputs = wan_transformer(), wan_inputs()
+    vlmeff.wrap(model, None, quant="w8a8_int8")
+    twin = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(twin(**inputs).sample, model(**inputs).sample)
+    vlmeff.wrap(pipe, None, cache="first_block")
+    try:
+        with pytest.raises(IncompatibleError, match="unwrap"):
+            copy.deepcopy(pipe)
+    finally:
+        vlmeff.unwrap(pipe)

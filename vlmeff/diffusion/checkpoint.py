@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmeff.diffusion.convert import dtype_of, link_siblings, place
+from vlmeff.diffusion.convert import dtype_of, link_siblings, place, save_as_quantized
+from vlmeff.diffusion.generating import CALL_FILE, call_defaults
 from vlmeff.diffusion.layers import QuantLinear
 from vlmeff.diffusion.schemes import LayerSpec
 from vlmeff.errors import CheckpointError, ConfigError
@@ -118,6 +119,9 @@ def save_pipeline(pipe: Any, folder: str | os.PathLike[str], *, producer: str = 
         else:
             part.save_pretrained(folder / name)
     pipe.save_config(folder)
+    defaults = call_defaults(pipe)
+    if defaults:
+        (folder / CALL_FILE).write_text(json.dumps(defaults, indent=2) + "\n")
     return folder
 
 
@@ -176,6 +180,7 @@ def load_quantized(folder: str | os.PathLike[str], cls: Any = None, *, device: A
     if left:
         raise CheckpointError(f"{folder}: {_listing('missing', left)}")
     link_siblings(layers)
+    save_as_quantized(model)
     model.eval()
     return model if device is None else model.to(device)
 

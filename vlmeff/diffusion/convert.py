@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmeff.diffusion.families import READS_WEIGHT, find_family, rules_for
-from vlmeff.diffusion.layers import QuantLinear, share_activations
+from vlmeff.diffusion.layers import PROTECTED, QuantLinear, share_activations
 from vlmeff.diffusion.rules import LayerChoice, LayerReport, Rule, RuleLike, choose_layers, layer_report
 from vlmeff.diffusion.schemes import LayerSpec, check_hardware, get_scheme
 from vlmeff.diffusion.smoothing import channel_maxima, smoothing_vector
@@ -52,8 +53,10 @@ class Quantized:
             )
         for name, original in self.originals.items():
             layer: Any = self.model.get_submodule(name)
-            self.model.set_submodule(name, original.to(layer.qweight.device).train(layer.training))
+            original = original.to(layer.qweight.device, layer.cast_to)  # follows casts of the model
+            self.model.set_submodule(name, original.train(layer.training))
         self.originals = {}
+        self.model.__dict__.pop("save_pretrained", None)
         return self.model
 
 
@@ -170,7 +173,20 @@ def convert(
             error.add_note("quantize: the model is partly quantized and its weights were not kept: load it again.")
         raise
     link_siblings(made)
+    save_as_quantized(model)
     return result
+
+
+def save_as_quantized(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of this model write a quantized checkpoint: its own would lose what the layers are."""
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = functools.partial(_save, model)
+
+
+def _save(model: nn.Module, save_directory: Any, **ignored: Any) -> None:
+    from vlmeff.diffusion.checkpoint import save_quantized
+
+    save_quantized(model, save_directory)
 
 
 def place(model: nn.Module, name: str, layer: QuantLinear) -> None:
@@ -245,10 +261,10 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype that most of the float parameters have."""
+    """The dtype that most of the float parameters have, those of quantized layers' codes and scales apart."""
     counts: dict[torch.dtype, int] = {}
-    for p in model.parameters():
-        if p.is_floating_point():
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.itemsize > 1 and name.rpartition(".")[2] not in PROTECTED:
             counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
     if not counts:
         raise QuantConfigError(f"{type(model).__name__} has no float parameters.")

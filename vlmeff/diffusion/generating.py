@@ -58,7 +58,9 @@ class Videos:
             {"label": r.label, "seconds": r.seconds, "transformer_bytes": r.transformer_bytes, "frames": len(r.frames)}
             for r in self.runs
         ]
-        return {"prompt": self.prompt, "seed": self.seed, "call": self.call, "runs": runs, **self.differences}
+        # JSON knows neither infinity (equal frames) nor NaN.
+        differences = {name: value if np.isfinite(value) else None for name, value in self.differences.items()}
+        return {"prompt": self.prompt, "seed": self.seed, "call": self.call, "runs": runs, **differences}
 
 
 def relative_error(base: Tensor, other: Tensor) -> float:

@@ -60,6 +60,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.orig_dtype = dtype
+        self.cast_to: torch.dtype | None = None  # what the model was cast to since
         self.rank = min(spec.rank, in_features, out_features)
         self.shared: SharedActivation | None = None  # with the layers that take the same input
         n, k, groups = out_features, in_features, spec.groups(in_features)
@@ -253,6 +254,9 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Moves as ever; casts leave codes, scales and factors alone."""
         kept = {id(self._parameters[name]) for name in PROTECTED if self._parameters.get(name) is not None}
+        probe = fn(torch.empty(0, dtype=torch.float64, device=self.qweight.device))
+        if probe.dtype != torch.float64:
+            self.cast_to = probe.dtype
 
         def guarded(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from vlmeff.diffusion.checkpoint import is_quantized_folder, load_quantized
+from vlmeff.diffusion.checkpoint import KEY, is_quantized_folder, load_quantized
 from vlmeff.errors import MissingExtraError, ModelLoadError
 from vlmeff.zoo_schema import ModelRecord
 
@@ -57,9 +57,10 @@ def is_transformer(source: str) -> bool:
     if not file.is_file():
         return False
     try:
-        return "_class_name" in json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except ValueError:
         return False
+    return isinstance(config, dict) and "_class_name" in config
 
 
 def load_video(
@@ -79,17 +80,20 @@ def load_video(
     diffusers = require_diffusers()
     if is_quantized_folder(source):
         model = load_quantized(source)
+        if dtype != "auto":
+            model = model.to(dtype)  # codes and scales stay
         return model if device is None else model.to(device)
     if dtype == "auto":
         on_cuda = device is not None and str(device).startswith("cuda")
         dtype = {"default": torch.bfloat16, "vae": torch.float32} if on_cuda else torch.float32
-    if Path(source).is_dir() and is_transformer(source) and not is_pipeline(source):
-        name = json.loads((Path(source) / "config.json").read_text())["_class_name"]
-        one = dtype["default"] if isinstance(dtype, dict) else dtype
-        model = getattr(diffusers, name).from_pretrained(source, dtype=one, **kwargs).eval()
-        return model if device is None else model.to(device)
+        saved = _saved_dtype(source)
+        if saved is not None:  # as it was when it was quantized
+            dtype = saved
     try:
-        pipe = _pipeline(diffusers, source, revision=revision, dtype=dtype, **kwargs)
+        if Path(source).is_dir() and is_transformer(source) and not is_pipeline(source):
+            pipe = _transformer(diffusers, source, dtype=dtype, **kwargs)
+        else:
+            pipe = _pipeline(diffusers, source, revision=revision, dtype=dtype, **kwargs)
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(". ")
         raise ModelLoadError(
@@ -97,6 +101,20 @@ def load_video(
             f"with {PIPELINE_INDEX} and its components."
         ) from error
     return pipe if device is None else pipe.to(device)
+
+
+def _transformer(diffusers: Any, source: str, *, dtype: Any, **options: Any) -> Any:
+    name = json.loads((Path(source) / "config.json").read_text())["_class_name"]
+    one = dtype["default"] if isinstance(dtype, dict) else dtype
+    return getattr(diffusers, name).from_pretrained(source, dtype=one, **options).eval()
+
+
+def _saved_dtype(source: str) -> torch.dtype | None:
+    """The dtype of a quantized pipeline's transformer; None for other folders."""
+    file = Path(source) / "transformer" / "config.json"
+    if not is_pipeline(source) or not is_quantized_folder(file.parent):
+        return None
+    return getattr(torch, json.loads(file.read_text())[KEY]["torch_dtype"], None)
 
 
 def _pipeline(diffusers: Any, source: str, **options: Any) -> Any:

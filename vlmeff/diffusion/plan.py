@@ -57,6 +57,12 @@ class Quant:
             get_scheme(self.scheme, group=self.group, rank=self.rank)
         if self.text_encoder is not None and self.text_encoder not in TEXT_SCHEMES:
             raise UnknownNameError("weight-only scheme of the text encoder", self.text_encoder, TEXT_SCHEMES)
+        for name in ("alpha", "memory_gb"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise QuantConfigError(f"quant: {name}={value!r} must be a number.")
+        if type(self.keep_original) is not bool:
+            raise QuantConfigError(f"quant: keep_original={self.keep_original!r} must be True or False.")
         if not 0 <= self.alpha <= 1:
             raise QuantConfigError(f"quant: alpha={self.alpha} must lie in [0, 1].")
         if type(self.refine) is not int or self.refine < 0:

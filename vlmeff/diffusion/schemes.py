@@ -41,6 +41,8 @@ class LayerSpec:
             raise QuantConfigError(f"{self.scheme}: w_bits={self.w_bits} must be 2 to 8.")
         if self.a_bits != 16 and not 2 <= self.a_bits <= 8:
             raise QuantConfigError(f"{self.scheme}: a_bits={self.a_bits} must be 2 to 8, or 16 for none.")
+        if any(type(value) is not int for value in (self.group, self.a_group, self.rank, self.w_bits, self.a_bits)):
+            raise QuantConfigError(f"{self.scheme}: group={self.group!r} and rank={self.rank!r} must be whole numbers.")
         if self.group < 0 or self.a_group < 0:
             raise QuantConfigError(f"{self.scheme}: group={self.group} must be 0 or a number of channels.")
         if self.rank < 0:

@@ -24,6 +24,7 @@ from vlmeff.diffusion.convert import Progress, Quantized, convert, quantize_
 from vlmeff.diffusion.cost import Forecast, forecast
 from vlmeff.diffusion.counting import Work, count_work
 from vlmeff.diffusion.families import find_family, text_encoder_rules
+from vlmeff.diffusion.generating import call_defaults
 from vlmeff.diffusion.plan import TEXT_ENCODERS, DiffusionPlan, Quant, transformers_of
 from vlmeff.diffusion.report import DiffusionReport, TransformerReport, bytes_held
 from vlmeff.diffusion.rules import KEEP
@@ -56,7 +57,7 @@ class State:
 
 
 def attach(model: Any, plan: DiffusionPlan) -> None:
-    """Apply a plan to a pipeline or transformer; one that is wrapped is unwrapped first.
+    """Apply a plan to a pipeline or transformer; one that is wrapped is unwrapped first, and stays so on failure.
 
     Raises:
         VlmeffError: something that was asked for by name cannot work; the model is then as it was.
@@ -194,7 +195,7 @@ def _calibration(model: Any, quant: Quant) -> Callable[[], Any] | None:
         raise QuantConfigError(
             "quant: calibrate={...} calls a pipeline, and this is a transformer; pass a function that calls it."
         )
-    return functools.partial(model, **{"output_type": "latent", **given})
+    return functools.partial(model, **{"output_type": "latent", **call_defaults(model), **given})
 
 
 def _accelerate(model: Any, module: nn.Module, state: State) -> None:
@@ -236,7 +237,17 @@ def _wrapped_class(original: Any) -> Any:
             return run(*args, **kwargs)
         return _measured(self, run, args, kwargs)
 
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        state: State | None = self.__dict__.get(STATE)
+        if state is not None and (state.plan.cache or state.plan.attention_backend or state.plan.compile):
+            raise IncompatibleError(
+                "copy: caches, attention back ends and compiled blocks cannot be copied or pickled; call "
+                "vlmeff.unwrap first, or wrap with cache=False."
+            )
+        return _rebuild, (original,), self.__dict__.copy()
+
     members = {
+        "__reduce_ex__": reduce_ex,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -248,6 +259,10 @@ def _wrapped_class(original: Any) -> Any:
 def _measured(model: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: State = model.__dict__[STATE]
     modules = transformers_of(model)
+    if not isinstance(model, nn.Module):
+        for module in modules.values():  # diffusers does so at the end of a call, which an exception does not reach
+            if getattr(module, "is_cache_enabled", False):
+                module._reset_stateful_cache()  # type: ignore[operator]
     clock = Clock(next(next(iter(modules.values())).parameters()).device)
     with ExitStack() as counting:
         work = {
