@@ -17,7 +17,9 @@ err = Console(stderr=True)
 
 
 def quantize_command(
-    model: Annotated[str, typer.Option(help="Zoo name, local folder or hub id of a video pipeline or transformer.")],
+    model: Annotated[
+        str | None, typer.Option(help="Zoo name, local folder or hub id of a video pipeline or transformer.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Folder that is written.")] = None,
     scheme: Annotated[str, typer.Option(help="A scheme (--list), or auto, which chooses by hardware.")] = "auto",
     group: Annotated[int | None, typer.Option(min=1, help="Input channels that share a scale.")] = None,
@@ -52,6 +54,8 @@ def quantize_command(
         for name in SCHEMES:
             out.print(f"{name:<12} {SUMMARIES[name]}", highlight=False)
         return
+    if model is None:
+        raise ConfigError("--model is missing: name a model, such as tiny-wan.")
     if scheme != "auto":
         get_scheme(scheme, group=group, rank=rank)  # before anything is loaded
     if to is None and not dry_run:
