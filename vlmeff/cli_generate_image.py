@@ -26,7 +26,9 @@ def image(
     out_file: Annotated[Path, typer.Option("--out", help="The sheet of samples, a .png file.")],
     model: Annotated[str, typer.Option(help="tiny-mar, a folder, or an official MAR checkpoint file.")] = "tiny-mar",
     classes: Annotated[list[int] | None, typer.Option("--class", help="Class to draw; may be repeated.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples of each class.")] = 10,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each class: by default 10, or 1 without --class.")
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="plain, coupled, coupled-strict, exact, cspd or cspd-official.")
     ] = "coupled",
@@ -57,7 +59,7 @@ def image(
     if target.codec is None:
         raise ConfigError(f"--vae: {model} makes latents; give the VAE that turns them into pictures (kl16.ckpt).")
     chosen = classes or list(range(min(10, target.config.class_num)))
-    labels = [label for label in chosen for _ in range(count if classes else 1)]
+    labels = [label for label in chosen for _ in range(count or (10 if classes else 1))]
     with err.status("sampling"):
         comparison = compare_modes(
             target, labels, config=config, num_iter=num_iter, cfg=cfg, seed=seed, compare=compare
@@ -84,7 +86,10 @@ def make_config(mode: str, *, window: int | None, delta: float | None, draft: st
         return Continuous(mode=None)
     if draft is not None and mode.startswith("coupled"):
         given["proposal"] = "draft"
-    return Continuous.named(mode, **given)
+    config = Continuous.named(mode, **given)
+    if config.plain and draft is not None:
+        raise ConfigError(f"--draft: has no effect with --mode {mode} --window {config.window}, which decodes plainly.")
+    return config
 
 
 def load_wrapped(model: str, draft: str | None, config: Continuous, *, vae: Path | None, device: str | None) -> MAR:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -176,14 +177,20 @@ class Continuous:
         least = 1 if self.mode == "coupled" else 0
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < least:
             raise ConfigError(f"Continuous: window={self.window!r} (gamma); a whole number from {least} is needed.")
+        for name in ("prefill", "delta", "softening"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"Continuous: {name}={value!r}; a finite number is needed.")
         if self.prefill is None or not 0 <= self.prefill <= 1:
             raise ConfigError(f"Continuous: prefill={self.prefill!r}; a share of the steps in [0, 1] is needed.")
         if self.delta is not None and not self.delta >= 0:
             raise ConfigError(f"Continuous: delta={self.delta!r}; a tolerance of 0 or more is needed.")
         if self.softening is not None and not self.softening > 0:
             raise ConfigError(f"Continuous: softening={self.softening!r}; a width above 0 is needed.")
-        if self.max_tries is not None and self.max_tries < 1:
-            raise ConfigError(f"Continuous: max_tries={self.max_tries!r}; at least 1 is needed.")
+        if self.max_tries is not None and (type(self.max_tries) is not int or self.max_tries < 1):
+            raise ConfigError(f"Continuous: max_tries={self.max_tries!r}; a whole number from 1 is needed.")
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> Continuous:
@@ -201,9 +208,12 @@ class Continuous:
     @property
     def needs_draft(self) -> bool:
         """Whether a second model takes part."""
-        if self.mode == "coupled":
-            return self.proposal == "draft"
-        return self.mode is not None and not self.plain
+        return self.takes_draft and not self.plain
+
+    @property
+    def takes_draft(self) -> bool:
+        """Whether the mode is one that a second model takes part in, even where this call of it decodes plainly."""
+        return self.proposal == "draft" if self.mode == "coupled" else self.mode is not None
 
     @property
     def plain(self) -> bool:
@@ -261,6 +271,9 @@ SHARED = (
 
 def check_pair(target: Any, draft: Any) -> None:
     """Raise ConfigError with all that target and draft do not have in common."""
+    missing = [name for name in ("config", "head", "trunk", "class_embedding") if not hasattr(draft, name)]
+    if missing or isinstance(draft, type):
+        raise ConfigError(f"draft: a {type(draft).__name__} is no MAR generator; pass a model as load_draft() gives.")
     pairs = {name: (getattr(target.config, name, None), getattr(draft.config, name, None)) for name in SHARED}
     differ = [f"{name}: target {a!r}, draft {b!r}" for name, (a, b) in pairs.items() if a != b]
     if differ:

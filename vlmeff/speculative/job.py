@@ -263,9 +263,8 @@ class Job:
         bank = self.noise
         if not aligned:
             if self._unaligned is None:
-                self._unaligned = NoiseBank(
-                    self.seed ^ UNALIGNED, self.batch, self.L, self.T, self.D, device=self.device
-                )
+                seeds = [(self.seed + sample) ^ UNALIGNED for sample in range(self.batch)]
+                self._unaligned = NoiseBank(seeds, self.batch, self.L, self.T, self.D, device=self.device)
             bank = self._unaligned
         return bank.gather(tokens.sample, tokens.position)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmeff import zoo
 from vlmeff.errors import ConfigError, UnknownNameError, UnsupportedModelError
-from vlmeff.speculative.continuous import Continuous
+from vlmeff.speculative.continuous import OWN_FIELDS, Continuous
 
 
 def make_plan(
@@ -40,23 +40,43 @@ def make_plan(
     own = {name: value for name, value in overrides.items() if name != "continuous"}
     if chosen is not None and not isinstance(chosen, Continuous):
         raise ConfigError(f"wrap: continuous={chosen!r} must be vlmeff.Continuous(...).")
-    if chosen is None:
-        chosen = _of_preset(model, preset, own)
-        own = {} if "mode" in own else own
-    if draft is not None and chosen.mode == "coupled" and "proposal" not in own:
-        own = {"proposal": "draft", **own}
+    if chosen is not None:
+        _check_beside(chosen, own)
+        return chosen.but(**own) if own else chosen
+    chosen = _of_preset(model, preset, own)
+    asks_proposal = own.get("proposal") is not None
+    own = {} if "mode" in own else own
+    if draft is not None and chosen.mode == "coupled" and not asks_proposal:
+        own = {**own, "proposal": "draft"}
     return chosen.but(**own) if own else chosen
 
 
+def _check_beside(chosen: Continuous, own: Mapping[str, Any]) -> None:
+    """Raise ConfigError where fields named beside ``continuous`` contradict it."""
+    if "mode" in own:
+        raise ConfigError(
+            f"wrap: continuous=... and mode={own['mode']!r} do not go together: continuous says the mode "
+            f"({chosen.mode!r}). Leave one of the two out."
+        )
+    fits = OWN_FIELDS.get(chosen.mode or "", ())
+    foreign = sorted({name for names in OWN_FIELDS.values() for name in names if name in own} - set(fits))
+    if foreign:
+        named = ", ".join(f"{name}={own[name]!r}" for name in foreign)
+        raise ConfigError(
+            f"wrap: continuous=... and {named} do not go together: continuous has mode={chosen.mode!r}, which takes no "
+            f"{', '.join(foreign)}."
+        )
+
+
 def _of_preset(model: Any, preset: str | None, own: Mapping[str, Any]) -> Continuous:
-    if "mode" in own:  # fields of another mode do not fit
-        return Continuous(**own)
     if preset is None:
         if not own:
             raise ConfigError("wrap: nothing is asked for; pass mode='coupled', for example.")
-        return Continuous()
+        return Continuous(**own) if "mode" in own else Continuous()
     resolved = zoo.resolve(model, preset, kind="image")
     step = next((step for step in resolved.steps if step.method == "continuous"), None)
+    if "mode" in own and (step is None or step.params.get("mode", "coupled") != own["mode"]):
+        return Continuous(**own)  # fields of another mode do not fit
     if step is None:
         raise UnsupportedModelError(f"preset {preset!r} has nothing for {type(model).__name__}.")
     if resolved.status not in ("verified", "fixture"):
@@ -65,4 +85,9 @@ def _of_preset(model: Any, preset: str | None, own: Mapping[str, Any]) -> Contin
             f"vlmeff: preset {preset!r} {known} for {type(model).__name__}: compare its pictures with plain ones.",
             stacklevel=4,
         )
-    return Continuous(**step.params)
+    params = dict(step.params)
+    if "mode" not in own:
+        return Continuous(**params)
+    if "window" in own or "gamma" in own:  # one field
+        params = {name: value for name, value in params.items() if name not in ("window", "gamma")}
+    return Continuous(**{**params, **own})

@@ -178,12 +178,14 @@ class _Run:
         if learns:
             self._observe(self.ids[-len(logits) :], logits)
         caches.begin(cache)
-        self._emit(Draft(), outputs, logits[-1:])
-        del outputs, logits
-        with self.model._optimize_model_for_decode():
-            while not self.done:
-                self._round(cache)
-        caches.end(cache)
+        try:
+            self._emit(Draft(), outputs, logits[-1:])
+            del outputs, logits
+            with self.model._optimize_model_for_decode():
+                while not self.done:
+                    self._round(cache)
+        finally:
+            caches.end(cache)
         if self.decoding.streamer is not None:
             self.decoding.streamer.end()
         self.statistics.wall_s = time.perf_counter() - begun
@@ -223,9 +225,12 @@ class _Run:
         columns = 1 + len(draft)
         outputs = self._pass(draft, cache)
         logits = outputs.logits[0, -columns:]
-        path = self._emit(draft, outputs, logits)
-        self._observe([self.ids[self.root], *draft.tokens], logits)
-        caches.keep_path(cache, path, columns)
+        self.root, self.path = len(self.ids) - 1, [0]
+        try:
+            path = self._emit(draft, outputs, logits)
+            self._observe([self.ids[self.root], *draft.tokens], logits)
+        finally:  # also where a streamer, a criterion or a drafter raises: every emitted token but the last stays
+            caches.keep_path(cache, self.path[: len(self.ids) - 1 - self.root], columns)
         if len(draft):
             self.pace.note(draft.depth, len(path) - 1, emitted=len(self.ids) - self.width)
 
@@ -288,7 +293,7 @@ class _Run:
     def _emit(self, draft: Draft, outputs: Any, logits: Tensor) -> list[int]:
         """Hand out the model's tokens; returns the columns of the pass that stay: the root's and those accepted."""
         self.root = len(self.ids) - 1
-        path = [0]
+        self.path = path = [0]
         for token, row, own, scores in walk(draft, logits, self._process, do_sample=self.request.do_sample):
             self._hand_out(token, own, scores)
             if row and not self.done:

@@ -140,11 +140,7 @@ def attach(model: Any, config: Continuous, draft: Any = None) -> None:
     """
     if draft is not None and STATE in getattr(draft, "__dict__", {}) and draft is not model:
         raise ConfigError("draft: this model is wrapped itself; pass vlmeff.unwrap(draft).")
-    if draft is not None and not config.needs_draft:
-        raise ConfigError(
-            f"draft: mode={config.mode!r} does not use a draft"
-            + (" with proposal='self'; take proposal='draft', or leave it out." if config.mode == "coupled" else ".")
-        )
+    _refuse_unused(config, draft)
     check_draft(config, model, draft)
     if STATE in model.__dict__:
         detach(model)
@@ -152,6 +148,15 @@ def attach(model: Any, config: Continuous, draft: Any = None) -> None:
     original: Any = type(model)
     object.__setattr__(model, STATE, State(config, original, draft))
     model.__class__ = _wrapped_class(original)
+
+
+def _refuse_unused(config: Continuous, draft: Any) -> None:
+    """Raise ConfigError if there is a draft and the mode never uses one."""
+    if draft is not None and not config.takes_draft:
+        raise ConfigError(
+            f"draft: mode={config.mode!r} does not use a draft"
+            + (" with proposal='self'; take proposal='draft', or leave it out." if config.mode == "coupled" else ".")
+        )
 
 
 def detach(model: Any) -> None:
@@ -170,7 +175,10 @@ def _wrapped_class(original: Any) -> Any:
             return original.sample(self, labels, **call)
         state: State = self.__dict__[STATE]
         if "mode" not in call:
-            call = {**call, "mode": state.config, "draft": state.draft}
+            _refuse_unused(state.config, call.get("draft"))
+            if call.get("draft") is None:
+                call = {**call, "draft": state.draft}
+            call = {**call, "mode": state.config}
         out = original.sample(self, labels, **call)
         state.report = _report(self, call["mode"], call.get("draft"), out.stats)
         return out

@@ -35,17 +35,19 @@ def speculation_of(asked: object) -> TextSpeculation:
         return TextSpeculation(drafter=asked)
     raise ConfigError(
         f"wrap: text_speculation={asked!r} must be 'lookup', 'recycle', a smaller model, vlmeff.TextSpeculation(...) "
-        "or None."
+        "or None (False)."
     )
 
 
 def with_text_speculation(model: Any, plan: Plan, asked: object) -> Plan:
-    """The plan with speculation added.
+    """The plan with speculation added; ``False`` is off.
 
     Raises:
         ConfigError: not a speculation, an assistant that does not fit, or ``kv_storage``, under which it is not exact.
         UnsupportedModelError: nothing that generates text token by token.
     """
+    if asked is False:
+        return dataclasses.replace(plan, text_speculation=None)
     speculation = speculation_of(asked)
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

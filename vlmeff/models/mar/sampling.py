@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -74,19 +75,27 @@ class NoiseBank:
     Sample b draws from the seed ``seed + b``: its order, x_T [L, D], eps [L, T, D], so it does not depend on the batch.
     All of it stands in memory: 4 B L (T + 1) D bytes, 13 MB for eight pictures of MAR at T = 100. ``lazy=True`` draws
     the noise of a position when it is asked for, from a seed of (seed + b, position): other samples of the same law.
+    A list of seeds, one a sample, is taken as it is.
     """
 
     def __init__(
-        self, seed: int, batch: int, length: int, steps: int, dim: int, *, lazy: bool = False, device: Any = "cpu"
+        self,
+        seed: int | Sequence[int],
+        batch: int,
+        length: int,
+        steps: int,
+        dim: int,
+        *,
+        lazy: bool = False,
+        device: Any = "cpu",
     ) -> None:
-        if type(seed) is not int or seed < 0:
-            raise ConfigError(f"seed={seed!r} must be an int of 0 or more.")
-        self.seed, self.batch, self.length, self.steps, self.dim = seed, batch, length, steps, dim
+        self.seeds = _seeds(seed, batch)
+        self.batch, self.length, self.steps, self.dim = batch, length, steps, dim
         self.lazy, self.device = lazy, torch.device(device)
         self._noise: tuple[Tensor, Tensor] | None = None
         orders, x_T, eps = [], [], []
-        for sample in range(batch):
-            generator = torch.Generator().manual_seed(seed + sample)
+        for own in self.seeds:
+            generator = torch.Generator().manual_seed(own)
             orders.append(torch.randperm(length, generator=generator))
             if not lazy:
                 x_T.append(torch.randn(length, dim, generator=generator))
@@ -139,10 +148,23 @@ class NoiseBank:
         drawn = []
         for sample, position in zip(samples.tolist(), positions.tolist(), strict=True):
             # Odd multipliers keep the seeds of neighbouring samples and positions apart.
-            seed = ((self.seed + sample) * 0x9E3779B97F4A7C15 + (position + 1) * 0xBF58476D1CE4E5B9) % 2**63
+            seed = (self.seeds[sample] * 0x9E3779B97F4A7C15 + (position + 1) * 0xBF58476D1CE4E5B9) % 2**63
             drawn.append(torch.randn(self.steps + 1, self.dim, generator=torch.Generator().manual_seed(seed)))
         noise = torch.stack(drawn).to(self.device)
         return noise[:, 0], noise[:, 1:]
+
+
+def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
+    """The seed of each sample."""
+    if isinstance(seed, list | tuple):
+        if len(seed) != batch or any(type(one) is not int or not 0 <= one < 2**63 for one in seed):
+            raise ConfigError(f"seed={seed!r} must be {batch} ints in [0, 2**63).")
+        return list(seed)
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(f"seed={seed!r} must be an int of 0 or more.")
+    if seed + batch >= 2**63:
+        raise ConfigError(f"seed={seed!r}: seed + batch (of {batch}) must be below 2**63.")
+    return [seed + sample for sample in range(batch)]
 
 
 def check_order(order: Tensor, batch: int, length: int) -> Tensor:
@@ -162,6 +184,8 @@ def batch_size(labels: Tensor | None, batch: int | None) -> int:
         return batch
     if labels.ndim != 1:
         raise ConfigError(f"labels: shape {tuple(labels.shape)}; expected one dimension, a label for each sample.")
+    if not labels.shape[0]:
+        raise ConfigError("labels: 0 labels; give one for each picture to draw.")
     if batch is not None and batch != labels.shape[0]:
         raise ConfigError(f"batch={batch} and {labels.shape[0]} labels contradict each other; leave batch out.")
     return labels.shape[0]
