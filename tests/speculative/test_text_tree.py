@@ -34,13 +34,12 @@ def test_pruning_drops_whole_branches(parents: tuple[int, ...], words: list[int]
     texts = set()
     for node in range(len(parents)):
         text = tuple(draft.tokens[n] for n in path_of(parents, node))
-        first = next(n for n in range(len(parents)) if tuple(draft.tokens[m] for m in path_of(parents, n)) == text)
         repeated = any(
-            tuple(draft.tokens[m] for m in path_of(parents, on)) == text[: i + 1] and on < path_of(parents, node)[i]
-            for i in range(len(text))
-            for on in range(len(parents))
+            parents[other] == parents[on] and draft.tokens[other] == draft.tokens[on]
+            for on in path_of(parents, node)
+            for other in range(on)
         )
-        if len(text) <= depth and 0 not in text and 1 not in text[:-1] and not repeated and first == node:
+        if len(text) <= depth and 0 not in text and 1 not in text[:-1] and not repeated:
             texts.add(text)
     pruned = draft.pruned(depth=depth, legal=lambda token: token != 0, last={1})
     found = [tuple(pruned.tokens[n] for n in path_of(tuple(pruned.parents), node)) for node in range(len(pruned))]
