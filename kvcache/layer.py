@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from vlmeff import ops
 from vlmeff.errors import RetentionStateError
 
 
@@ -204,8 +205,7 @@ class RetainedLayer(DynamicLayer):
         index = torch.cat([columns, tail.expand(*columns.shape[:2], -1)], -1)
         behind = None if self.valid is None else self.valid[:, prompt_length:]
         self._buffers = None
-        self.keys = _take(self.keys, index)
-        self.values = _take(self.values, index)
+        self.keys, self.values = ops.gather_kv(self.keys, self.values, index)
         if valid is None and len(tail) == 0:
             self.valid = None
         elif valid is not None or behind is not None:
@@ -314,8 +314,3 @@ class RetainedLayer(DynamicLayer):
     def offload(self) -> None:
         self._buffers = None  # a buffer kept on the device would be what offloading is to free
         super().offload()
-
-
-def _take(states: Tensor, index: Tensor) -> Tensor:
-    """[B, H, S, D] at index [B, 1 or H, C]: [B, H, C, D] in a storage of its own."""
-    return states.gather(2, index[..., None].expand(-1, states.shape[1], -1, states.shape[3]))

@@ -25,7 +25,14 @@ TEST_M, TEST_N, TEST_K = 261, 37, 83
 FP8_TOLERANCE = 1e-2  # relative Frobenius norm; the result is rounded to bfloat16, 2^-9
 
 
-class Fp8Linear:
+class _Library:
+    """A product of PyTorch's own: what a measurement would compare our kernels with."""
+
+    def unproven(self, **arguments: Any) -> str | None:
+        return None
+
+
+class Fp8Linear(_Library):
     """Row-wise scaled float8 product with a bfloat16 result, cast to the dtype asked for.
 
     A bfloat16 bias goes into a bfloat16 product; any other is added afterwards in float32, as the reference does.
@@ -62,7 +69,7 @@ class Fp8Linear:
         return y.to(out_dtype).contiguous()
 
 
-class Int8Linear:
+class Int8Linear(_Library):
     """Exact int8 product in int32, then the scales and the bias in float32: bit for bit the reference."""
 
     def supports(

@@ -31,10 +31,14 @@ class StubBackEnd:
 
     def __init__(self, name: str, refusal: str | None = None) -> None:
         self.name, self.refusal = name, refusal
+        self.unmeasured: str | None = None
         self.calls: list[dict[str, Any]] = []
 
     def supports(self, **arguments: Any) -> str | None:
         return self.refusal
+
+    def unproven(self, **arguments: Any) -> str | None:
+        return self.unmeasured
 
     def run(self, **arguments: Any) -> Any:
         self.calls.append(arguments)
@@ -100,6 +104,18 @@ def test_the_reference_serves_what_every_accelerator_refuses(install: Any, cuda:
     assert explanation.backend == "reference"
     missing = "vlmeff_kernels has no such implementation of this op"
     assert explanation.refused == {"cuda": missing, "triton": "no", "torch": "neither"}
+
+
+def test_what_no_measurement_accepts_runs_only_when_asked_for(install: Any, cuda: dict[str, Any]) -> None:
+    stubs = install(triton=None, torch=None)
+    stubs["triton"].unmeasured = "never measured here"
+    assert ops.row_logsumexp(**cuda) == "torch"
+    assert ops.explain("row_logsumexp", **cuda).refused["triton"] == "never measured here"
+    with ops.backend("accelerated"):
+        assert ops.row_logsumexp(**cuda) == "triton"
+        assert isinstance(ops.row_logsumexp(**arguments()), Tensor)  # on CPU the reference, as ever
+    with ops.backend("triton"):
+        assert ops.row_logsumexp(**cuda) == "triton"
 
 
 def test_an_input_that_requires_grad_runs_on_the_reference(install: Any, cuda: dict[str, Any]) -> None:
@@ -216,7 +232,10 @@ def test_a_choice_and_a_count_stay_in_their_thread(install: Any) -> None:
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"row_logsumexp": "tritn"}, "unknown back end 'tritn'; back ends: auto, cuda, reference, torch, triton"),
+        (
+            {"row_logsumexp": "tritn"},
+            "unknown back end 'tritn'; back ends: accelerated, auto, cuda, reference, torch",
+        ),
         ({"row_lse": "triton"}, "unknown op 'row_lse'; ops: act_quant_fp8, .*gather_tokens, .*row_logsumexp"),
         ({}, "name a back end"),
     ],
@@ -260,7 +279,7 @@ def test_the_environment_chooses(
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("gpu", "VLMEFF_BACKEND='gpu': unknown back end 'gpu'; back ends: auto, cuda"),
+        ("gpu", "VLMEFF_BACKEND='gpu': unknown back end 'gpu'; back ends: accelerated, auto, cuda"),
         ("triton,row_lse=cuda", "unknown op 'row_lse'; ops: act_quant_fp8, "),
         ("row_logsumexp=", "unknown back end ''"),
         ("triton,reference", "chooses twice for all ops"),

@@ -6,7 +6,7 @@ A leaf of the house: of vlmeff it imports only ``vlmeff.errors``. Importing it l
 from vlmeff.ops._dispatch import backend, counters, explain
 from vlmeff.ops.attention import attention_column_mass, row_logsumexp
 from vlmeff.ops.dct import dct_resample
-from vlmeff.ops.gather import gather_tokens
+from vlmeff.ops.gather import gather_kv, gather_tokens
 from vlmeff.ops.linear import (
     linear_w4a8_int8,
     linear_w8a8_fp8,
@@ -26,6 +26,7 @@ __all__ = [
     "counters",
     "dct_resample",
     "explain",
+    "gather_kv",
     "gather_tokens",
     "linear_w4a8_int8",
     "linear_w8a8_fp8",

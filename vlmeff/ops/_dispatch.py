@@ -4,9 +4,11 @@ First match wins:
 
 1. An explicit choice: ``with backend(...)``, else the variable ``VLMEFF_BACKEND`` (``"auto"``, ``"reference"``,
    ``"triton,gather_tokens=reference"``). One that cannot be honoured raises; it never falls back.
+   ``"accelerated"`` chooses as below, kernels without a measurement included.
 2. Grad mode is on and an input requires grad: the reference, because the accelerated ops have no backward.
 3. A tensor is not on CUDA: the reference.
-4. The first of ``cuda``, ``triton``, ``torch`` in ``vlmeff_kernels.OPS[op]`` whose ``supports`` does not refuse.
+4. The first of ``cuda``, ``triton``, ``torch`` in ``vlmeff_kernels.OPS[op]`` whose ``supports`` does not refuse, and
+   of which a committed measurement says that it is the fastest for such sizes on this GPU (``unproven``).
 5. The reference.
 
 A launch is never wrapped in try/except: a kernel that fails must be seen to fail.
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "VLMEFF_BACKEND"
-AUTO, REFERENCE = "auto", "reference"
+AUTO, REFERENCE, EVERY_KERNEL = "auto", "reference", "accelerated"
 ACCELERATED = ("cuda", "triton", "torch")  # in order of preference
+UNSUPPORTED = "no accelerated back end supports the call"
 EVERY_OP = "*"  # key of a choice that holds for all ops without one of their own
 
 Operator = TypeVar("Operator", bound=Callable[..., Any])
@@ -75,7 +78,8 @@ def dispatch(op: str, reference: Callable[..., Result], **arguments: Any) -> Res
     if _explaining.get():
         return cast("Result", explanation)  # to explain(), which called the op and knows
     if not torch.compiler.is_compiling():  # a traced graph is not a run, and logging would break the graph
-        _log_first_use(op, explanation.backend)
+        unsupported = explanation.why == UNSUPPORTED
+        _log_first_use(op, explanation.backend, tuple(explanation.refused.items()) if unsupported else ())
         for counter in _open_counters.get():
             counter[op, explanation.backend] += 1
     if implementation is None:
@@ -88,9 +92,10 @@ def backend(name: str | None = None, /, **per_op: str) -> AbstractContextManager
     """Choose the back end of all ops, or of the named ones, inside a ``with`` block.
 
     ``backend("triton")``, ``backend(attention_column_mass="reference")``, ``backend("triton", gather_tokens="auto")``.
-    Back ends: auto (the rules decide, whatever ``VLMEFF_BACKEND`` says), reference, cuda, triton, torch. Blocks nest: a
-    name for all ops replaces what the outer block chose, a name for one op replaces only that op's. The choice belongs
-    to the current context (thread or asyncio task).
+    Back ends: auto (the rules decide, whatever ``VLMEFF_BACKEND`` says), accelerated (the rules, with the kernels that
+    were not measured on this GPU), reference, cuda, triton, torch. Blocks nest: a name for all ops replaces what the
+    outer block chose, a name for one op replaces only that op's. The choice belongs to the current context (thread or
+    asyncio task).
 
     Raises:
         ConfigError: a back end or op of that name does not exist, or none is named.
@@ -149,7 +154,7 @@ def _choose(op: str, arguments: Mapping[str, Any]) -> tuple[Explanation, BackEnd
     asked, asked_in = _asked_for(op)
     if asked == REFERENCE:
         return Explanation(op, REFERENCE, f"asked for in {asked_in}", {}), None
-    if asked != AUTO:
+    if asked not in (AUTO, EVERY_KERNEL):
         return Explanation(op, asked, f"asked for in {asked_in}", {}), _explicit(op, asked, arguments)
 
     if _wants_grad(arguments):
@@ -165,10 +170,12 @@ def _choose(op: str, arguments: Mapping[str, Any]) -> tuple[Explanation, BackEnd
     for name in ACCELERATED:
         implementation = implementations.get(name)
         reason = missing if implementation is None else implementation.supports(**arguments)
+        if reason is None and implementation is not None and asked == AUTO:
+            reason = implementation.unproven(**arguments)
         if reason is None:
             return Explanation(op, name, "the first that supports the call", refused), implementation
         refused[name] = reason
-    return Explanation(op, REFERENCE, "no accelerated back end supports the call", refused), None
+    return Explanation(op, REFERENCE, UNSUPPORTED, refused), None
 
 
 def _explicit(op: str, name: str, arguments: Mapping[str, Any]) -> BackEnd:
@@ -224,7 +231,7 @@ def _parse_environment(text: str) -> Mapping[str, str]:
 
 
 def _check_choices(choices: Mapping[str, str], where: str) -> None:
-    names = (AUTO, REFERENCE, *ACCELERATED)
+    names = (AUTO, EVERY_KERNEL, REFERENCE, *ACCELERATED)
     for op, name in choices.items():
         if op != EVERY_OP and op not in _operators:
             raise ConfigError(f"{where}: unknown op {op!r}; ops: {_listed(_operators)}")
@@ -258,6 +265,7 @@ def _unit_stride(op: str, name: str, value: Any) -> Any:
     return value.contiguous()
 
 
-@functools.cache  # the cache is the memory of what has been said: one line per (op, back end) and process
-def _log_first_use(op: str, name: str) -> None:
-    logger.info("vlmeff.ops.%s runs on the back end %r", op, name)
+@functools.lru_cache(maxsize=1024)  # the cache is the memory of what has been said: one line each and process
+def _log_first_use(op: str, name: str, refused: tuple[tuple[str, str], ...]) -> None:
+    reasons = "; ".join(f"{other}: {reason}" for other, reason in refused)
+    logger.info("vlmeff.ops.%s runs on the back end %r%s", op, name, f" ({reasons})" if reasons else "")

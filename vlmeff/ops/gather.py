@@ -1,11 +1,12 @@
-"""Exact copies of chosen tokens.
+"""Exact copies of chosen tokens: of hidden states, and of the keys and values of a cache.
 
-Shape letters: B batch, S tokens, C channels, K kept tokens.
+Shape letters: B batch, S tokens, C channels, K kept tokens; Hk key/value heads, D head dim, L layers.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +56,86 @@ def _gather_tokens_reference(*, x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
+@operator
+def gather_kv(
+    keys: Tensor | Sequence[Tensor], values: Tensor | Sequence[Tensor], index: Tensor | Sequence[Tensor]
+) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """Copy the cache entries at index, of one layer or of many at once.
+
+    keys'[b, h, i] = keys[b, h, index[b, (h,) i]], and values likewise.
+
+    Args:
+        keys, values: [B, Hk, S, D] of one layer, or lists of L such tensors, each with its own S and K. The head dims
+            of keys and values may differ. Any dtype (also float8 and integers), any strides.
+        index: [B, K] (one choice for all heads) or [B, Hk, K], or a list of L such; int64, values in [0, S), ascending
+            behind the fillers of a ragged batch, which repeat an entry.
+    Returns:
+        (keys', values'), [B, Hk, K, D], or two lists of them: contiguous, in storage of their own, bit for bit. K = 0
+            is legal.
+    Raises:
+        ValueError: a shape or device does not fit, the lists differ in length, or an index is out of range (checked
+            as in ``gather_tokens``).
+        TypeError: index is not int64, or keys and values of a layer differ in dtype.
+
+    Never in place: rows that are moved in parallel overlap. One launch for all layers where the back end can.
+    """
+    one = isinstance(keys, Tensor)
+    layers = [list(given) if isinstance(given, list | tuple) else [given] for given in (keys, values, index)]
+    if len({len(part) for part in layers}) != 1:
+        counts = ", ".join(str(len(part)) for part in layers)
+        raise ValueError(f"gather_kv: keys, values and index must be as many, got {counts}")
+    for k, v, chosen in zip(*layers, strict=True):
+        _check_layer(k, v, chosen)
+    found = dispatch("gather_kv", _gather_kv_reference, keys=layers[0], values=layers[1], index=layers[2])
+    if one and isinstance(found, tuple):  # not what explain() asks for
+        return found[0][0], found[1][0]
+    return found
+
+
+def _gather_kv_reference(
+    *, keys: list[Tensor], values: list[Tensor], index: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    parts = zip(keys, values, index, strict=True)
+    taken = [(_entries(k, chosen), _entries(v, chosen)) for k, v, chosen in parts]
+    return [k for k, _ in taken], [v for _, v in taken]
+
+
+def _entries(states: Tensor, index: Tensor) -> Tensor:
+    """[B, Hk, S, D] at [B, K] or [B, Hk, K]."""
+    batch, heads = states.shape[:2]
+    if index.ndim == 2:
+        index = index[:, None]
+    if batch == 1 and index.shape[1] == 1:
+        return states.index_select(2, index[0, 0])
+    if states.dtype.itemsize == 1 and states.is_floating_point():  # torch.gather knows no float8
+        return _entries(states.view(torch.uint8), index).view(states.dtype)
+    return states.gather(2, index[..., None].expand(-1, heads, -1, states.shape[3]))
+
+
+def _check_layer(keys: Tensor, values: Tensor, index: Tensor) -> None:
+    for name, value in (("keys", keys), ("values", values), ("index", index)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"gather_kv: {name} must be a tensor or a list of tensors, got {type(value).__name__}")
+        if value.device != keys.device:
+            raise ValueError(f"gather_kv: {name} must be on {keys.device} (as keys), got {value.device}")
+    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+        raise ValueError(
+            f"gather_kv: keys and values must be [B, Hk, S, D], got {tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    if keys.dtype != values.dtype:
+        raise TypeError(f"gather_kv: keys and values must have one dtype, got {keys.dtype} and {values.dtype}")
+    batch, heads, tokens = keys.shape[:3]
+    if index.ndim not in (2, 3) or index.shape[:-1] not in ((batch,), (batch, heads), (batch, 1)):
+        raise ValueError(
+            f"gather_kv: index must be [B, K] or [B, Hk, K] with B = {batch}, Hk = {heads} (from keys), got "
+            f"{tuple(index.shape)}"
+        )
+    if index.dtype != torch.int64:
+        raise TypeError(f"gather_kv: index must be int64, got {str(index.dtype).removeprefix('torch.')}")
+    if _may_read(index):
+        _check_range(index, tokens, op="gather_kv")
+
+
 def _may_read(index: Tensor) -> bool:
     """Whether the values may be looked at: at no cost on CPU, on request elsewhere, never while a graph is traced."""
     if torch.compiler.is_compiling():
@@ -62,9 +143,9 @@ def _may_read(index: Tensor) -> bool:
     return index.device.type == "cpu" or os.environ.get("VLMEFF_DEBUG") == "1"
 
 
-def _check_range(index: Tensor, tokens: int) -> None:
+def _check_range(index: Tensor, tokens: int, *, op: str = "gather_tokens") -> None:
     if index.numel() == 0:
         return
     low, high = int(index.amin()), int(index.amax())
     if low < 0 or high >= tokens:
-        raise ValueError(f"gather_tokens: index must lie in [0, {tokens}), got values from {low} to {high}")
+        raise ValueError(f"{op}: index must lie in [0, {tokens}), got values from {low} to {high}")

@@ -1,0 +1,51 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors: decided before they are imported.
+
+An integer seed for each test is drawn anew, printed when the test fails, and set again with VLMEFF_KERNEL_SEED.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels run: the GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    value = int(os.environ.get("VLMEFF_KERNEL_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"VLMEFF_KERNEL_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what ``torch.empty`` and ``new_empty`` give with NaN or a sentinel, so that what a kernel forgets shows."""
+
+    def fill(x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "meta" or not x.numel():
+            return x
+        raw = x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+        return (raw.fill_(0x7B) if not x.is_floating_point() or x.dtype.itemsize == 1 else raw.fill_(torch.nan)).view(
+            x.dtype
+        )
+
+    empty, new_empty, empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: fill(new_empty(self, *a, **k)))
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch)
