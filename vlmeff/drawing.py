@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vlmeff.vlm.choose import everything
 from vlmeff.vlm.families import Family, family_of
 from vlmeff.vlm.families.base import PIXELS, present
 from vlmeff.vlm.fates import Stage, other_call, stages_of, what_became
-from vlmeff.vlm.overlay import Panel, View, arrange, heading, legend, stack
+from vlmeff.vlm.overlay import COLORS, LABELS, VEIL, Panel, View, arrange, draw_panel, heading, legend, stack
 from vlmeff.vlm.wrapped import STATE
 
 WIDTH, NARROWEST = 720, 240
@@ -114,6 +114,58 @@ def draw_call(
         counts[modality] += 1
         label = f"{'picture' if modality == 'image' else 'video'} {counts[modality]}"
         out.append(_draw(label, [(items[n], pictures[n], n) for n in group], stages, width))
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """A picture as the vision tower saw it, and the same picture with what became of its tokens; both of one size.
+
+    ``kept`` of ``total`` tokens. ``legend``: (meaning, RGB colour) of the kinds of tokens in it. A resampled picture has
+    no map of kept tokens: ``resampled`` is True and ``after`` shows what detail the smaller grid holds.
+    """
+
+    label: str
+    before: Image.Image
+    after: Image.Image
+    kept: int
+    total: int
+    legend: list[tuple[str, tuple[int, int, int]]]
+    resampled: bool = False
+
+
+def token_maps(
+    model: Any, of: Report, inputs: Mapping[str, Any], processor: Any = None, *, width: int = WIDTH
+) -> list[TokenMap]:
+    """Like ``draw_call``, without captions: one map per picture, tile mosaic or frame, at the end of the call."""
+    family, call = model.__dict__[STATE].family or family_of(model), dict(inputs)
+    if not any(call.get(name) is not None for name in PIXELS.values()):
+        return []
+    items = _items(model, family, of, call)
+    pictures = _pictures(model, family, items, call, processor)
+    last = stages_of(model, family, items, of, call)[-1] if of.inner is not None else Stage("", None)
+    out: list[TokenMap] = []
+    for n, (item, shown) in enumerate(zip(items, pictures, strict=True)):
+        marks, _ = what_became(item, None if last.alive is None else last.alive[n], chosen=of.inner is not None)
+        frames = canvases(item, shown)
+        plain = [canvas.picture for frame in canvases(replace(item, new_layout=None), shown) for canvas in frame]
+        flat = [canvas for frame in frames for canvas in frame]
+        for i, (canvas, picture) in enumerate(zip(flat, plain, strict=True)):
+            panel = Panel(canvas.picture, marks[canvas.tokens], canvas.seams)
+            drawn = draw_panel(panel, width)
+            kinds = sorted(set(panel.marks.flatten().tolist()))
+            name = f"{item.modality} {n + 1}" + (f", part {i + 1}" if len(flat) > 1 else "")
+            out.append(
+                TokenMap(
+                    name,
+                    picture.convert("RGB").resize(drawn.size, Image.Resampling.BICUBIC),
+                    drawn,
+                    int((panel.marks >= 0).sum()),
+                    panel.marks.size if item.new_layout is None else item.n_before,
+                    [(LABELS[kind], COLORS.get(kind, (VEIL,) * 3)) for kind in kinds],
+                    resampled=item.new_layout is not None,
+                )
+            )
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from importlib import resources
 from typing import Any, ClassVar
 
@@ -27,26 +28,22 @@ class Kernel:
     name: ClassVar[str] = "triton"
     least: ClassVar[_launch.Capability] = _launch.LEAST_CAPABILITY
 
+    # Typed as "any arguments": every op has its own.
+    refuses: Callable[..., str | None] = staticmethod(lambda **arguments: None)
+    """Why these arguments are refused on a device that is fine (dtype, head dim, alignment, ...), or None."""
+    bucket: Callable[..., str] = staticmethod(lambda **arguments: "all")
+    """The name of the range of sizes that is accepted or not as one."""
+    run: Callable[..., Any]
+
     def supports(self, **arguments: Any) -> str | None:
         """Why these arguments are refused, or None."""
         reason = _launch.refusal(_device(arguments), self.least)
         return self.refuses(**arguments) if reason is None else reason
 
-    def refuses(self, **arguments: Any) -> str | None:
-        """Why these arguments are refused on a device that is fine (dtype, head dim, alignment, ...), or None."""
-        return None
-
-    def bucket(self, **arguments: Any) -> str:
-        """The name of the range of sizes that is accepted or not as one."""
-        return "all"
-
     def unproven(self, **arguments: Any) -> str | None:
         """Why automatic dispatch passes this over although it is supported, or None."""
         capability = _launch.capability_of(_device(arguments))
         return _unproven(self.op, self.name, capability, self.bucket(**arguments))
-
-    def run(self, **arguments: Any) -> Any:
-        raise NotImplementedError
 
 
 def _device(arguments: dict[str, Any]) -> torch.device:

@@ -94,6 +94,8 @@ def refusal(device: torch.device, least: Capability = LEAST_CAPABILITY) -> str |
 def _refusal(device_type: str) -> str | None:
     if device_type == "cuda" and INTERPRET:
         return "TRITON_INTERPRET is set, so kernels are interpreted on CPU tensors"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
     if device_type == "cuda" or (device_type == "cpu" and INTERPRET):
         return None
     return f"it runs on cuda, not on {device_type}"

@@ -1,0 +1,286 @@
+"""What stands behind the demo's page: one model at a time, one answer at a time, streamed and stoppable.
+
+No Gradio here. Whoever asks gets an iterator of what has been said so far and, at its end, what the call cost. The model
+is wrapped and unwrapped for each run under one lock, so users never see each other's settings.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmeff import zoo
+from vlmeff.drawing import TokenMap, token_maps
+from vlmeff.errors import ConfigError, UnsupportedModelError
+from vlmeff.loading import load
+from vlmeff.reporting import Report, measure, report
+from vlmeff.wrapping import is_wrapped, unwrap, wrap
+
+SILENCE_SECONDS = 600.0  # without a token: the thread has died in a way that no exception tells
+
+Content = list[dict[str, Any]]
+Turn = dict[str, Any]
+"""{"role": "user" or "assistant", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How the model is to run. Nothing named: as it is."""
+
+    preset: str | None = None
+    tokens: str | None = None
+    """A token method that replaces the preset's."""
+    keep: float | int | None = None
+    """Its budget: a share of the visual tokens, or tokens per picture."""
+    kv: str | None = None
+    keep_ratio: float | None = None
+    seed: int | None = None
+    """Of the method ``random``."""
+
+    @property
+    def plain(self) -> bool:
+        return self.preset is None and self.tokens is None and self.kv is None
+
+    def wrap(self, model: Any) -> Any:
+        if self.plain:
+            return unwrap(model) if is_wrapped(model) else model
+        given = {"keep": self.keep, "keep_ratio": self.keep_ratio, "seed": self.seed}
+        overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return wrap(model, self.preset, tokens=self.tokens, kv=self.kv, **overrides)
+
+
+@dataclass(frozen=True)
+class Text:
+    """The whole answer so far."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is going on, in a few words: loading, warming up, waiting for another user."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """The answer and what it cost. ``maps``: what became of each picture's tokens; empty for a run without a method."""
+
+    text: str
+    report: Report
+    maps: list[TokenMap] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens behind the first one; None where there are none or no times."""
+        r = self.report
+        if r.total_ms is None or r.prefill_ms is None or r.new_tokens is None or r.new_tokens < 2:
+            return None
+        seconds = (r.total_ms - r.prefill_ms) / 1000
+        return (r.new_tokens - 1) / seconds if seconds > 0 else None
+
+
+class Stop:
+    """Set by the stop button: ``generate`` ends at its next token, and no further run begins."""
+
+    def __init__(self, outer: Stop | None = None) -> None:
+        self._event, self._outer = threading.Event(), outer
+
+    def set(self) -> None:
+        self._event.set()
+
+    @property
+    def asked(self) -> bool:
+        return self._event.is_set() or (self._outer is not None and self._outer.asked)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """As a stopping criterion of transformers."""
+        return torch.full((len(input_ids),), self.asked, device=input_ids.device, dtype=torch.bool)
+
+
+class Engine:
+    """A vision-language model and its processor, which can be exchanged for another.
+
+    Args:
+        name: a model of the zoo, a hub id or a folder.
+    Raises:
+        UnknownModelError, ModelLoadError, UnsupportedModelError: when the model is first needed.
+    """
+
+    def __init__(self, name: str = "tiny-llava", *, device: str | None = None, dtype: str = "auto") -> None:
+        self.name, self.device, self.dtype = name, device, dtype
+        self.model: Any = None
+        self.processor: Any = None
+        self._lock = threading.Lock()
+        self._warm: set[Choice] = set()
+
+    # -- the model
+
+    def use(self, name: str) -> None:
+        """Exchange the model. One that cannot be loaded leaves the present one in place."""
+        with self._lock:
+            if name != self.name or self.model is None:
+                self._load(name)
+
+    def load(self) -> None:
+        with self._lock:
+            self._ready()
+
+    def _ready(self) -> None:
+        if self.model is None:
+            self._load(self.name)
+
+    def _load(self, name: str) -> None:
+        model, processor = load(name, device=self.device, dtype=self.dtype)
+        if not hasattr(processor, "image_processor"):
+            raise UnsupportedModelError(f"demo: {name!r} ({type(model).__name__}) takes no pictures; use a VLM.")
+        self.name, self.model, self.processor = name, model, processor
+        self._warm.clear()
+
+    def presets(self) -> list[str]:
+        """The presets that the zoo has for this kind of model."""
+        return [row.preset for row in zoo.preset_table(self.model if self.model is not None else self.name)]
+
+    # -- answers
+
+    def answer(
+        self, turns: Sequence[Turn], choice: Choice, *, max_new_tokens: int = 64, stop: Stop | None = None
+    ) -> Iterator[Text | Note | Done]:
+        """Answer the last turn greedily.
+
+        The first run of a choice follows an unmeasured one of two tokens, so that its times are not those of what is
+        set up once. Leaving the iterator early stops the generation.
+
+        Raises what loading, wrapping and generating raise, from the iterator.
+        """
+        stop = Stop(outer=stop)  # of its own, because leaving this iterator is no wish to end what comes after it
+        said: queue.SimpleQueue[Text | Note | Done | BaseException] = queue.SimpleQueue()
+        worker = threading.Thread(
+            target=self._work, args=(list(turns), choice, max_new_tokens, stop, said), daemon=True
+        )
+        worker.start()
+        try:
+            while True:
+                try:
+                    item = said.get(timeout=SILENCE_SECONDS)
+                except queue.Empty:
+                    raise TimeoutError(f"demo: the model said nothing for {SILENCE_SECONDS:.0f} seconds") from None
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if isinstance(item, Done):
+                    return
+        finally:
+            stop.set()
+            worker.join()
+
+    def _work(self, turns: list[Turn], choice: Choice, max_new_tokens: int, stop: Stop, said: Any) -> None:
+        try:
+            if not self._lock.acquire(blocking=False):
+                said.put(Note("waiting for another answer to end"))
+                while not self._lock.acquire(timeout=0.1):
+                    if stop.asked:
+                        said.put(Done("", Report(), stopped=True))
+                        return
+            try:
+                if self.model is None:
+                    said.put(Note(f"loading {self.name}"))
+                    self._ready()
+                said.put(self._run(turns, choice, max_new_tokens, stop, said))
+            finally:
+                self._lock.release()
+        except BaseException as error:  # handed to whoever asked
+            said.put(error)
+
+    def _run(self, turns: list[Turn], choice: Choice, max_new_tokens: int, stop: Stop, said: Any) -> Done:
+        model, processor = self.model, self.processor
+        choice.wrap(model)
+        try:
+            inputs = prepare_turns(processor, turns).to(model.device)
+            for name in ("pixel_values", "pixel_values_videos"):
+                if inputs.get(name) is not None:
+                    inputs[name] = inputs[name].to(model.dtype)
+            options: dict[str, Any] = {"do_sample": False, "stopping_criteria": [stop]}
+            if choice not in self._warm and not stop.asked:
+                said.put(Note("warming up"))
+                model.generate(**inputs, **options, max_new_tokens=2)
+                self._warm.add(choice)
+            streamer = _Streamer(processor.tokenizer, said)
+            if choice.plain:
+                with measure(model, dict(inputs)) as measured:
+                    ids = model.generate(**inputs, **options, max_new_tokens=max_new_tokens, streamer=streamer)
+                found = measured.report
+            else:
+                ids = model.generate(**inputs, **options, max_new_tokens=max_new_tokens, streamer=streamer)
+                found = report(model)
+            text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            maps = [] if choice.plain else _maps(model, found, inputs, processor)
+            return Done(text, found, maps, stopped=stop.asked)
+        finally:
+            if is_wrapped(model):
+                unwrap(model)
+
+
+class _Streamer:
+    """Decodes all tokens so far at each new one (an answer is short), at most some times a second."""
+
+    INTERVAL_SECONDS = 0.03
+
+    def __init__(self, tokenizer: Any, said: Any) -> None:
+        self._tokenizer, self._said = tokenizer, said
+        self._ids: list[int] = []
+        self._prompt_is_past = False
+        self._last = 0.0
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt_is_past:  # generate hands over the prompt first
+            self._prompt_is_past = True
+            return
+        self._ids += value.flatten().tolist()
+        now = time.monotonic()
+        if now - self._last >= self.INTERVAL_SECONDS:
+            self._last = now
+            self._tell()
+
+    def end(self) -> None:
+        self._tell()
+
+    def _tell(self) -> None:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True).strip()
+        self._said.put(Text(text.removesuffix("\N{REPLACEMENT CHARACTER}")))  # a character that is not whole yet
+
+
+def user_turn(question: str, pictures: Sequence[Image.Image] = ()) -> Turn:
+    """A turn of the user: pictures, then the question."""
+    content: Content = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+def assistant_turn(text: str) -> Turn:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def prepare_turns(processor: Any, turns: Sequence[Turn]) -> Any:
+    """The processor's inputs for a conversation, through its chat template."""
+    if not turns or turns[-1]["role"] != "user":
+        raise ConfigError("demo: a conversation must end with a question.")
+    return processor.apply_chat_template(
+        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def _maps(model: Any, found: Report, inputs: Mapping[str, Any], processor: Any) -> list[TokenMap]:
+    try:
+        return token_maps(model, found, inputs, processor)
+    except UnsupportedModelError:  # of this family the pixels cannot be recovered: there is nothing to draw on
+        return []

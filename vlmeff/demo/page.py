@@ -1,0 +1,52 @@
+"""The page: a headline, the model, and the tabs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from vlmeff.demo import look
+from vlmeff.demo.site import QUEUE, Site, shown
+from vlmeff.demo.tabs import compare_tab
+
+HEAD = (
+    '<div class="vl-head"><h1>vlmeff</h1><p>The same model, cheaper to run: its answer as it is, and its answer with a '
+    "preset, with what each one cost.</p></div>"
+)
+
+
+def build_demo(site: Site) -> gr.Blocks:
+    """Assemble the page for an engine and its limits; ``launch`` (in ``serving``) serves it."""
+    with gr.Blocks(title="vlmeff", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+        with gr.Row(equal_height=True):
+            gr.HTML(HEAD)
+            model = gr.Dropdown(
+                site.models, value=site.models[0], label="Model", elem_id="model", scale=0, min_width=240,
+                interactive=len(site.models) > 1,
+            )  # fmt: skip
+        with gr.Tabs():
+            with gr.Tab("Compare"):
+                presets = compare_tab.build(site)
+
+        @shown
+        def use(name: str) -> Any:
+            site.engine.use(name)
+            return gr.Dropdown(choices=site.presets())
+
+        model.change(use, [model], [presets], api_name="model", concurrency_id=QUEUE, concurrency_limit=1)
+    demo.queue(max_size=16, default_concurrency_limit=1)
+    return demo
+
+
+def launch_options(site: Site) -> dict[str, Any]:
+    """What ``Blocks.launch`` is given besides the address: looks and limits."""
+    return {
+        "theme": look.theme(),
+        "css": look.CSS,
+        "share": False,
+        "max_file_size": f"{site.limits.max_file_mb:g}mb",
+        "allowed_paths": [],
+        "show_error": False,
+        "footer_links": ["api"],
+    }

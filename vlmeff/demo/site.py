@@ -1,0 +1,101 @@
+"""What the tabs share: the engine, the limits, who is to stop, and how errors reach the visitor."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmeff.demo.engine import Choice, Engine, Stop
+from vlmeff.demo.limits import Limits
+from vlmeff.errors import VlmeffError
+
+logger = logging.getLogger(__name__)
+
+QUEUE = "model"  # every event that runs a model: one at a time
+MOST_SESSIONS = 1000
+AS_PRESET = "as the preset says"
+
+
+@dataclass
+class Site:
+    """One demo. ``models``: what the visitor may choose from; the first is loaded first."""
+
+    engine: Engine
+    models: list[str]
+    limits: Limits = field(default_factory=Limits)
+    log_dir: Path | None = None
+    _stops: OrderedDict[str, Stop] = field(default_factory=OrderedDict)
+
+    def begin(self, session: str | None, tab: str) -> Stop:
+        """A new flag for the visitor's run in a tab; a run that still goes on there is told to end."""
+        key = f"{tab}/{session}"
+        self.stop(session, tab)
+        self._stops[key] = stop = Stop()
+        self._stops.move_to_end(key)
+        while len(self._stops) > MOST_SESSIONS:
+            self._stops.popitem(last=False)
+        return stop
+
+    def stop(self, session: str | None, tab: str) -> None:
+        stop = self._stops.get(f"{tab}/{session}")
+        if stop is not None:
+            stop.set()
+
+    def presets(self) -> list[str]:
+        return self.engine.presets()
+
+
+def make_choice(
+    preset: str | None, method: str | None, share: float | None, *, kv: str | None = None, seed: int | None = None
+) -> Choice:
+    """From what the controls say: ``share`` in percent of the visual tokens counts where a method is named."""
+    if method is None or method == AS_PRESET:
+        return Choice(preset=preset)
+    keep = None if share is None else share / 100
+    return Choice(preset=None, tokens=method, keep=keep, kv=kv, seed=seed if method == "random" else None)
+
+
+def shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors of ours reach the page in their own words; of anything else the page says no more than that, the log all."""
+    import gradio as gr
+
+    def as_error(error: Exception) -> Exception:
+        if isinstance(error, VlmeffError):
+            return gr.Error(str(error), title="That does not work", print_exception=False)
+        logger.exception("demo: %s failed", function.__name__)
+        return gr.Error("Something went wrong in the demo; its log says what.", title="Sorry", print_exception=False)
+
+    if _is_generator(function):
+
+        @functools.wraps(function)
+        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                yield from function(*args, **kwargs)
+            except gr.Error:
+                raise
+            except Exception as error:
+                raise as_error(error) from error
+
+        return stream
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise as_error(error) from error
+
+    return call
+
+
+def _is_generator(function: Callable[..., Any]) -> bool:
+    import inspect
+
+    return inspect.isgeneratorfunction(function)
