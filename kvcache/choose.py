@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvcache.policy import LayerStats
 from vlmeff.errors import ConfigError
+from vlmeff.ops import top_indices
 
 
 def ends_mask(n: int, *, sink: int, recent: int, device: torch.device | str = "cpu") -> Tensor:
@@ -49,30 +50,13 @@ def top_slots(
 
     Args:
         scores: [..., n] float.  k: 1 <= k <= n.  protected, first: [n] bool.
-        tolerance: scores that differ from the last one taken by this share of it or less count as equal to it. Where
-            many scores are equal but for rounding, which of them stay must not be decided by that. A token is passed
-            over for one with a lower score only if they differ by 2 * tolerance at most. 0 compares exactly.
+        tolerance: as in ``vlmeff.ops.top_indices``, of which this is the case for slots of a cache.
     Returns:
         [..., k] int64 ascending.
     """
-    order = _ranking(scores, protected, first)
-    if tolerance:
-        # The k-th score moves by no more than the scores do, so nothing but what is near the edge of the band around it
-        # can change sides; with fixed steps, equal scores may lie on the edge of one. The k-th token's group is the
-        # only one that is kept in part, so only there does the band decide anything.
-        last = scores.gather(-1, order[..., k - 1 : k])
-        scores = torch.where((scores - last).abs() <= tolerance * last.abs(), last, scores)
-        order = _ranking(scores, protected, first)
-    return order[..., :k].sort(dim=-1).values
-
-
-def _ranking(scores: Tensor, protected: Tensor | None, first: Tensor | None) -> Tensor:
-    """[..., n] int64: the tokens from the best to the worst."""
-    n = scores.shape[-1]
-    # Later tokens first, so that the stable sorts leave them first among equals.
-    order = n - 1 - scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    for group in (first, protected):
-        if group is not None:
-            rank = group.to(order.device, torch.int8)[order].argsort(dim=-1, descending=True, stable=True)
-            order = order.gather(-1, rank)
-    return order
+    groups: Tensor | None = None
+    for mask, weight in ((first, 1), (protected, 2)):
+        if mask is not None:
+            group = mask.to(scores.device, torch.int8) * weight
+            groups = group if groups is None else groups + group
+    return top_indices(scores, k, groups=groups, ties="last", tolerance=tolerance)

@@ -1,8 +1,9 @@
 """Hooks on a model's attention modules for the duration of one ``generate`` or ``forward`` call.
 
 Before a module: tell the layer of the cache which of the new tokens are real, and put a mask that fits the columns it
-holds in the place of the model's. At the kernel (``kvcache.tap``): measure the prompt. Behind the module: evict. Calls
-with any other cache pass through untouched, and so does every other model.
+holds in the place of the model's. At the kernel (``kvcache.tap``): measure the prompt, and answer the steps behind it
+where the cache is quantized (``kvcache.decode``). Behind the module: evict. Calls with any other cache pass through
+untouched, and so does every other model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache import assisted, tap
+from kvcache import assisted, decode, tap
 from kvcache.cache import RetainedCache
 from kvcache.layer import RetainedLayer
 from kvcache.masks import Mask, compact_mask, last_visible, new_validity
@@ -73,8 +74,10 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
             return self
         self._entered = self.cache.watched = True
         try:
-            if self.cache.wants_attention and not self.cache.layer(0).compacted:
-                self._tapped = tap.install({module.config._attn_implementation for module in self.modules})
+            measuring = self.cache.wants_attention and not self.cache.layer(0).compacted
+            stored = self.cache.storage is not None
+            names = {module.config._attn_implementation for module in self.modules}
+            self._tapped = tap.install(n for n in names if measuring or (stored and decode.has_stand_in(n)))
             self._assists = self._model is not None and assisted.install(self._model)
             for position, module in enumerate(self.modules):
                 before, behind = _Before(self, position), _Behind(self, position)
@@ -107,6 +110,8 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
         tap.remove(self._tapped)
         self._tapped, self._assists = [], False
         tap.stop_listening()
+        for position in range(len(self.cache.retained)):
+            decode.take_back(self.cache.layer(position))
         self._forget_masks()
 
     def _forget_masks(self) -> None:
@@ -155,7 +160,8 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
         known = self.prompt_end is not None and layer.seen >= self.prompt_end
         valid = None if known else self._validity(mask, layer, new)
         layer.announce(new, valid)
-        if cache.measures(position):
+        decode.lend(layer, new, module.config._attn_implementation)
+        if cache.measures(position) or cache.storage is not None:
             self._listen(position, mask)
         if layer.aligned:
             return None
@@ -167,6 +173,7 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
             return
         tap.stop_listening()
         layer = cache.layer(position)
+        decode.check_taken(layer)
         start = layer.seen - self._new
         waiting = not layer.compacted and start < (cache.prompt_length or 0)
         if waiting and cache.wants_attention and module.config._attn_implementation == "eager":
@@ -175,30 +182,35 @@ class RetainedCall(AbstractContextManager["RetainedCall"]):
         if position == len(self.modules) - 1:
             self._forget_masks()
 
-    # -- measuring
+    # -- at the kernel, and behind it
 
     def _listen(self, position: int, mask: Mask) -> None:
         module, layer = self.modules[position], self.cache.layer(position)
-        length = self.cache.prompt_length
+        measuring = self.cache.measures(position)
+
+        def stand(kernel: tap.Kernel, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if measuring:
+                self._measure_kernel(position, query, key, mask, kwargs)
+            return decode.attend(layer, kernel, query, key, value, *args, **kwargs)
+
+        tap.listen(module, stand)
+
+    @torch.no_grad()
+    def _measure_kernel(self, position: int, query: Tensor, key: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+            raise _sinks(self.modules[position])
+        scale, length = kwargs.get("scaling"), self.cache.prompt_length
         assert length is not None
-
-        @torch.no_grad()
-        def hear(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
-            if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-                raise _sinks(module)
-            scale = kwargs.get("scaling")
-            measure_kernel(
-                layer,
-                self.cache.policy,
-                length,
-                query,
-                key,
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                softcap=kwargs.get("softcap"),
-                last_key=self._last_key(mask),
-            )
-
-        tap.listen(module, hear)
+        measure_kernel(
+            self.cache.layer(position),
+            self.cache.policy,
+            length,
+            query,
+            key,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            softcap=kwargs.get("softcap"),
+            last_key=self._last_key(mask),
+        )
 
     @torch.no_grad()
     def _measure_weights(self, position: int, output: Any) -> None:

@@ -85,7 +85,8 @@ def _kept(cache: RetainedCache, policy: RetentionPolicy, tokens: Sequence[int], 
 def _uniform(policy: RetentionPolicy, number: int, sizes: Sequence[int], kv_heads: int) -> LayerStats:
     """What would be measured if every token were attended to alike."""
     n, needs = sizes[number], policy.needs
-    heads = (kv_heads,) if policy.selection == "per_head" else ()
+    # As many query heads as key heads: uniform ones do not differ.
+    heads = () if needs.reduction(policy.selection) == "mean" else (kv_heads,)
     rows = kv_heads, min(needs.window, n), n
     return LayerStats(
         layer=number,

@@ -39,8 +39,8 @@ def measure_kernel(
     valid = None if layer.valid is None else layer.valid[:, :keys].to(q.device)
     last_key = None if last_key is None else last_key[:, first:end].to(q.device)
     if policy.needs.sums:
-        per_head = policy.selection == "per_head"
-        new = scores.full_scores(q, k, scale=scale, per_head=per_head, valid=valid, last_key=last_key, softcap=softcap)
+        reduce = policy.needs.reduction(policy.selection)
+        new = scores.full_scores(q, k, scale=scale, reduce=reduce, valid=valid, last_key=last_key, softcap=softcap)
         layer.scores = scores.accumulate(layer.scores, new)
     else:
         rows = scores.window_rows(q, k, scale=scale, valid=valid, last_key=last_key, softcap=softcap)
@@ -56,8 +56,8 @@ def measure_weights(layer: RetainedLayer, policy: RetentionPolicy, prompt_length
     weights = weights[:, :, first:end, :keys].detach()
     valid = None if layer.valid is None else layer.valid[:, :keys].to(weights.device)
     if policy.needs.sums:
-        per_head, kv_heads = policy.selection == "per_head", layer.keys.shape[1]
-        new = scores.full_scores_of_weights(weights, kv_heads=kv_heads, per_head=per_head, valid=valid)
+        reduce, kv_heads = policy.needs.reduction(policy.selection), layer.keys.shape[1]
+        new = scores.full_scores_of_weights(weights, kv_heads=kv_heads, reduce=reduce, valid=valid)
         layer.scores = scores.accumulate(layer.scores, new)
     else:
         layer.probs = scores.stack_rows(layer.probs, scores.window_rows_of_weights(weights, valid=valid))

@@ -23,17 +23,23 @@ class ScoreSpec:
 
     ``kind``: "none"; "keys" (norms of the keys); "window" (attention of the last ``window`` queries); "full" (of all
     queries); "post_vision" (of the queries behind the last visual token). ``summed``: of a window the sum over its
-    queries will do, so that no rows have to be held.
+    queries will do, so that no rows have to be held. ``query_heads``: sums are wanted for each query head.
     """
 
     kind: Literal["none", "keys", "window", "full", "post_vision"] = "none"
     window: int = 32
     summed: bool = False
+    query_heads: bool = False
 
     @property
     def sums(self) -> bool:
         """Whether ``LayerStats.scores`` is what is measured, not rows of attention."""
         return self.kind == "full" or self.summed
+
+    def reduction(self, selection: Selection) -> Literal["none", "group", "mean"]:
+        """Over which query heads the sums are averaged for a policy that selects like this: none, each key head's
+        group, all."""
+        return "none" if self.query_heads else "group" if selection == "per_head" else "mean"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,10 +47,10 @@ class LayerStats:
     """What was measured of one layer and row.
 
     ``layer``: its number among the ``layers`` retained ones. ``n`` real prompt tokens. ``kv_heads`` Hkv.
-    ``scores`` [n] float32 ("full": attention received, mean over all query heads, summed over queries), or [Hkv, n]
-    for a policy that selects per head (mean over each head's group). ``probs`` [Hq, w, n] float32 ("window",
-    "post_vision": the attention rows themselves, w queries at most). ``key_norms`` [Hkv, n] float32 ("keys").
-    ``vision`` [n] bool: visual tokens, None when unknown.
+    ``scores`` [n] float32 ("full" and what is ``summed``: attention received, mean over all query heads, summed over
+    queries), or [Hkv, n] for a policy that selects per head (mean over each head's group), or [Hq, n] where the needs
+    say ``query_heads``. ``probs`` [Hq, w, n] float32 ("window", "post_vision": the attention rows themselves, w queries
+    at most). ``key_norms`` [Hkv, n] float32 ("keys"). ``vision`` [n] bool: visual tokens, None when unknown.
     """
 
     layer: int

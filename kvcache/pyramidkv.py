@@ -50,7 +50,7 @@ class PyramidKV:
 
     @property
     def needs(self) -> ScoreSpec:
-        return ScoreSpec(kind="window", window=self.window)
+        return ScoreSpec(kind="window", window=self.window, summed=True, query_heads=True)
 
     def budgets(self, stats: list[LayerStats]) -> list[int]:
         return [s.n if is_short("PyramidKV", s, self.window) else self._pyramid(s.n, s.layers)[s.layer] for s in stats]

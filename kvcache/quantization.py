@@ -10,14 +10,16 @@ Letters: B rows, H key/value heads, T tokens, D head dim, W bytes that hold the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from vlmeff.errors import ConfigError
+from vlmeff.ops.decode_attention import StoredStates
+from vlmeff.ops.kv_codes import dequantize_keys, dequantize_values, pack
+from vlmeff.ops.kv_codes import unpack as unpack  # what is packed here is unpacked there
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 GROUP = 32
@@ -104,21 +106,13 @@ class Packed:
     def dequantize(self) -> Tensor:
         """[B, H, T, D] in ``dtype``, computed in float32 at least."""
         if self.sizes is None:
-            codes = self._unpacked(self.codes).unflatten(-1, (self.scale.shape[-1], -1))
-            return self._entries(codes, self.scale[..., None], self.zero[..., None]).flatten(-2)
-        parts = [self._unpacked(self.codes[:, :, :0]).to(self.dtype)] if not self.sizes else []
-        for tokens, groups, size in _runs(self.sizes):
-            codes = self._unpacked(self.codes[:, :, tokens]).unflatten(2, (-1, size))
-            scale, zero = self.scale[:, :, groups, None], self.zero[:, :, groups, None]
-            parts.append(self._entries(codes, scale, zero).flatten(2, 3))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+            return dequantize_values(*self.tensors(), head_dim=self.head_dim, bits=self.bits, dtype=self.dtype)
+        return dequantize_keys(*self.tensors(), sizes=self.sizes, bits=self.bits, dtype=self.dtype)
 
-    def _unpacked(self, codes: Tensor) -> Tensor:
-        return unpack(codes, self.bits)[..., : self.head_dim]
-
-    def _entries(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return torch.addcmul(zero.to(wide), codes.to(wide), scale.to(wide)).to(self.dtype)
+    def stored(self, rest: Tensor) -> StoredStates:
+        """As attention takes them, the tokens ``rest`` [B, H, R, D] in full precision behind these."""
+        group = self.head_dim // self.scale.shape[3] if self.sizes is None else self.sizes
+        return StoredStates(*self.tensors(), rest=rest, bits=self.bits, group=group)
 
 
 def quantize_keys(keys: Tensor, *, bits: int, group: int = GROUP, valid: Tensor | None = None) -> Packed:
@@ -166,23 +160,6 @@ def quantize_values(values: Tensor, *, bits: int, group: int = GROUP) -> Packed:
     )
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """[..., D] uint8 codes below 2^bits -> [..., ceil(D * bits / 8)] uint8."""
-    per_byte = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
-    packed = codes[..., ::per_byte].clone()
-    for place in range(1, per_byte):
-        packed |= codes[..., place::per_byte] << place * bits
-    return packed
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """[..., W] -> [..., W * 8 / bits] uint8 codes."""
-    if bits == 8:
-        return packed
-    return torch.stack([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)], -1).flatten(-2)
-
-
 def _quantized(x: Tensor, dim: int, bits: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of the shape of ``x``; scale and zero of size 1 along ``dim``, the axis of a group.
 
@@ -219,12 +196,3 @@ def _rounded_down(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _cut(tensor: Tensor, start: int, count: int) -> Tensor:
     """Less ``count`` entries along dimension 2, in a storage of its own: a slice would keep what it drops."""
     return torch.cat([tensor[:, :, :start], tensor[:, :, start + count :]], 2) if count else tensor
-
-
-def _runs(sizes: Sequence[int]) -> Iterator[tuple[slice, slice, int]]:
-    """(tokens, groups, size) of each stretch of groups of one size."""
-    token = group = 0
-    for size, members in groupby(sizes):
-        count = len(list(members))
-        yield slice(token, token + count * size), slice(group, group + count), size
-        token, group = token + count * size, group + count

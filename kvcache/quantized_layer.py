@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,19 @@ from vlmeff.errors import ConfigError
 RESIDUAL = 128
 
 
+class Lent(NamedTuple):
+    """All columns of a layer, as they are stored: ``keys``, ``values`` [B, H, R, D] behind the packed ones."""
+
+    keys: Tensor
+    values: Tensor
+    packed_keys: Packed
+    packed_values: Packed
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, C, D], in full precision."""
+        return _whole(self.packed_keys, self.keys), _whole(self.packed_values, self.values)
+
+
 class QuantizedRetainedLayer(RetainedLayer):
     """A ``RetainedLayer`` whose older columns are quantized, once, as soon as its prompt is compacted.
 
@@ -24,8 +37,11 @@ class QuantizedRetainedLayer(RetainedLayer):
     precision. While past is recorded (assisted decoding) nothing is quantized before ``crop`` took back what it has to.
 
     ``update`` returns all columns dequantized, in new tensors: during a layer's attention, that layer's cache is there
-    in full precision too. ``keys``, ``values`` [B, H, C', D] hold the full-precision columns only, as many as there are
-    of each. A column that is taken out again leaves the scale and zero of its group with those that remain.
+    in full precision too. Not so behind ``lend``: then it returns ``keys`` and ``values``, and who has asked takes
+    ``lent`` to ``ops.quantized_decode_attention`` (``kvcache.decode``).
+
+    ``keys``, ``values`` [B, H, C', D] hold the full-precision columns only, as many as there are of each. A column that
+    is taken out again leaves the scale and zero of its group with those that remain.
 
     Args:
         storage: "int8", "int4" or "int2".
@@ -47,6 +63,9 @@ class QuantizedRetainedLayer(RetainedLayer):
         super()._clear()
         self.packed_keys: Packed | None = None
         self.packed_values: Packed | None = None
+        self.handed_on = False  # the model hands what update returns to its attention kernel as it is
+        self.lending = False
+        self.lent: Lent | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         value_group(value_states.shape[-1], self.group)  # raises
@@ -64,13 +83,21 @@ class QuantizedRetainedLayer(RetainedLayer):
 
     # -- growing
 
+    def lend(self) -> None:
+        """Let the next ``update`` leave packed what is packed; both kinds of states must have packed columns."""
+        self.lending = True
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append; returns all columns in full precision. Raises as ``RetainedLayer.update``."""
+        """Append; returns all columns in full precision, or lends them. Raises as ``RetainedLayer.update``."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        whole = _whole(self.packed_keys, keys), _whole(self.packed_values, values)
+        lending, self.lending = self.lending, False
+        if lending and self.packed_keys is not None and self.packed_values is not None:
+            self.lent = Lent(keys, values, self.packed_keys, self.packed_values)
+        else:
+            keys, values = _whole(self.packed_keys, keys), _whole(self.packed_values, values)
         if self.compacted and not self.record_past:
             self._quantize()
-        return whole
+        return keys, values
 
     def _quantize(self) -> None:
         """Move what has left the residual to the packed columns."""
@@ -137,8 +164,8 @@ def new_layer(storage: str | None, *, headroom: int = 0) -> RetainedLayer:
         return RetainedLayer(headroom)
     if headroom:
         raise ConfigError(
-            f"headroom={headroom} saves copies of a cache that is not quantized; kv storage={storage!r} is unpacked "
-            "at every step. Leave one of the two out."
+            f"headroom={headroom} saves copies of a cache that is not quantized; kv storage={storage!r} packs its "
+            "columns anew as they come. Leave one of the two out."
         )
     return QuantizedRetainedLayer(storage)
 

@@ -6,10 +6,14 @@ rows, H query heads, K key/value heads, W queries of this pass, S keys so far, D
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from vlmeff import ops
+
+Reduce = Literal["none", "group", "mean"]
 
 
 def full_scores(
@@ -17,23 +21,23 @@ def full_scores(
     k: Tensor,
     *,
     scale: float,
-    per_head: bool,
+    reduce: Reduce,
     valid: Tensor | None = None,
     last_key: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention that every key receives from all W queries.
+    """Attention that every key receives from all W queries, which may be the last of the prompt only.
 
     score[b, j] = sum over real queries i of mean over h of A[b, h, i, j], A = softmax rows, causal. So the scores of a
     prompt of n tokens sum to n. Chunks of a prompt add up.
 
     Args:
         q: [B, H, W, D].  k: [B, K, S, D].
-        per_head: average each key head's group of query heads only.
+        reduce: "mean" over all heads; "group", over each key head's query heads only; "none": each query head's own.
         valid: [B, S] bool, False for padding: such keys score 0 and such queries give nothing. None: all real.
         last_key: [B, W] the last key that each query sees; default its own.
     Returns:
-        float32 [B, S], or [B, K, S] per head.
+        float32 [B, S], [B, K, S] or [B, H, S] by ``reduce``.
 
     Source: PrefixKV, arXiv 2412.03409, whose code averages the heads in the model's dtype.
     """
@@ -43,7 +47,7 @@ def full_scores(
         k,
         scale=scale,
         query_weight=weight,
-        reduce="group" if per_head else "mean",
+        reduce=reduce,
         causal=True,
         q_pos=positions,
         key_valid=valid,
@@ -82,13 +86,15 @@ def window_rows(
     return (p if weight is None else p * weight[:, None, :, None]).float()
 
 
-def full_scores_of_weights(weights: Tensor, *, kv_heads: int, per_head: bool, valid: Tensor | None = None) -> Tensor:
+def full_scores_of_weights(weights: Tensor, *, kv_heads: int, reduce: Reduce, valid: Tensor | None = None) -> Tensor:
     """``full_scores`` from attention weights [B, H, W, S] that were made anyway (eager attention)."""
     batch, heads, width, keys = weights.shape
     real = torch.ones(batch, width, device=weights.device) if valid is None else valid[:, keys - width :].float()
     seen = [_row_sum(weights[:, head], real, valid) for head in range(heads)]  # a float32 copy of one head at a time
-    mass = torch.stack(seen, 1).unflatten(1, (kv_heads, heads // kv_heads))
-    return mass.mean(2) if per_head else mass.mean((1, 2))
+    mass = torch.stack(seen, 1)
+    if reduce == "none":
+        return mass
+    return mass.unflatten(1, (kv_heads, heads // kv_heads)).mean(2) if reduce == "group" else mass.mean(1)
 
 
 def _row_sum(weights: Tensor, real: Tensor, valid: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ class SnapKV:
 
     @property
     def needs(self) -> ScoreSpec:
-        return ScoreSpec(kind="window", window=self.window)
+        return ScoreSpec(kind="window", window=self.window, summed=True, query_heads=True)
 
     def budgets(self, stats: list[LayerStats]) -> list[int]:
         return [s.n if is_short("SnapKV", s, self.window) else max(1, int(s.n * self.keep_ratio)) for s in stats]
@@ -82,17 +82,17 @@ def is_short(policy: str, stats: LayerStats, window: int) -> bool:
     return short
 
 
-def window_vote(probs: Tensor, *, window: int, kv_heads: int, kernel: int, pool: Pool) -> Tensor:
+def window_vote(sums: Tensor, *, window: int, kv_heads: int, kernel: int, pool: Pool) -> Tensor:
     """Score of each token before the window.
 
     s[h, j] = mean over the group of head h of pool_j(mean_i A[h', i, j]), i the last ``window`` queries.
 
     Args:
-        probs: [Hq, w, n] float32, w >= window, n > window.
+        sums: [Hq, n] float32, sum_i A[h', i, j]; n > window.
     Returns:
         [Hkv, n - window] float32.
     """
-    votes = probs[:, -window:, :-window].mean(1)  # [Hq, n - window]
+    votes = sums[:, :-window] / window  # [Hq, n - window]
     pooled = (F.avg_pool1d if pool == "avg" else F.max_pool1d)(votes[:, None], kernel, stride=1, padding=kernel // 2)
     return pooled[:, 0].view(kv_heads, -1, pooled.shape[-1]).mean(1)
 
@@ -101,9 +101,11 @@ def window_vote_select(
     stats: LayerStats, k: int, *, window: int, kernel: int, pool: Pool, first: Tensor | None
 ) -> Tensor:
     """[Hkv, k] int64 ascending: the window, then ``first``, then the others, each by ``window_vote``."""
-    assert stats.probs is not None
+    assert stats.scores is not None
     n, window = stats.n, min(window, stats.n)
-    scores = stats.probs.new_zeros(stats.kv_heads, n)
+    scores = stats.scores.new_zeros(stats.kv_heads, n)
     if n > window:
-        scores[:, :-window] = window_vote(stats.probs, window=window, kv_heads=stats.kv_heads, kernel=kernel, pool=pool)
+        scores[:, :-window] = window_vote(
+            stats.scores, window=window, kv_heads=stats.kv_heads, kernel=kernel, pool=pool
+        )
     return top_slots(scores, k, protected=ends_mask(n, sink=0, recent=window, device=scores.device), first=first)

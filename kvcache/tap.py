@@ -1,8 +1,8 @@
-"""Hear the queries and keys that an attention kernel is called with.
+"""Stand between an attention module and its kernel: hear the queries and keys, or answer in the kernel's place.
 
 transformers' attention modules look their kernel up by name in ``ALL_ATTENTION_FUNCTIONS``. While anyone listens, the
-entry of that name in the instance mapping is a pass-through that tells the listener of this thread, if the call comes
-from the module that it waits for. "eager" is no entry of the mapping: modules bring their own function for it.
+entry of that name in the instance mapping is a pass-through that hands the call to the listener of this thread, if it
+comes from the module that it waits for. "eager" is no entry of the mapping: modules bring their own function for it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Hear = Callable[[Tensor, Tensor, dict[str, Any]], None]
+Kernel = Callable[..., Any]
+Stand = Callable[..., Any]
+"""Called with the kernel, its module left out, then as the kernel: (kernel, query, key, value, attention_mask, ...)."""
 
-_listening: ContextVar[tuple[nn.Module, Hear] | None] = ContextVar("kvcache_listening", default=None)
+_listening: ContextVar[tuple[nn.Module, Stand] | None] = ContextVar("kvcache_listening", default=None)
 _lock = threading.Lock()
 
 
@@ -33,9 +35,9 @@ class _Entry:
 _entries: dict[str, _Entry] = {}
 
 
-def listen(module: nn.Module, hear: Hear) -> None:
-    """Call ``hear(query, key, keyword arguments)`` at this thread's next kernel calls from ``module``."""
-    _listening.set((module, hear))
+def listen(module: nn.Module, stand: Stand) -> None:
+    """Have ``stand`` make this thread's next kernel calls from ``module``; what it returns the module gets."""
+    _listening.set((module, stand))
 
 
 def stop_listening() -> None:
@@ -79,10 +81,10 @@ def remove(names: Iterable[str]) -> None:
 
 def _pass_through(kernel: Any) -> Any:
     @functools.wraps(kernel)
-    def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         listener = _listening.get()
-        if listener is not None and listener[0] is module:
-            listener[1](query, key, kwargs)
-        return kernel(module, query, key, *args, **kwargs)
+        if listener is None or listener[0] is not module:
+            return kernel(module, *args, **kwargs)
+        return listener[1](functools.partial(kernel, module), *args, **kwargs)
 
     return attend

@@ -28,7 +28,7 @@ class TOVA:
     keep_ratio: float = 0.5
     text_first: bool = False
 
-    needs: ClassVar[ScoreSpec] = ScoreSpec(kind="window", window=1)
+    needs: ClassVar[ScoreSpec] = ScoreSpec(kind="window", window=1, summed=True)
     selection: ClassVar[Selection] = "shared"
     scope: ClassVar[Scope] = "layer"
     query_aware: ClassVar[bool] = True
@@ -41,7 +41,6 @@ class TOVA:
         return [uniform_budget("TOVA", keep_ratio=self.keep_ratio, n=s.n, floor=1, say=False) for s in stats]
 
     def select(self, stats: LayerStats, k: int) -> Tensor:
-        assert stats.probs is not None
-        scores = stats.probs[:, -1].mean(0)
-        protected = ends_mask(stats.n, sink=0, recent=1, device=scores.device)
-        return top_slots(scores, k, protected=protected, first=text_mask("TOVA", stats, self.text_first))
+        assert stats.scores is not None
+        protected = ends_mask(stats.n, sink=0, recent=1, device=stats.scores.device)
+        return top_slots(stats.scores, k, protected=protected, first=text_mask("TOVA", stats, self.text_first))

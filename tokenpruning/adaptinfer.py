@@ -16,11 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from tokenpruning.plan import methods
 from vlmeff.errors import ConfigError, DataError, IncompatibleError, UnknownNameError, UnsupportedModelError
+from vlmeff.ops import top_indices
 
 Origin = Literal["published", "calibrated", "custom"]
 FILE_FORMAT = "vlmeff adaptinfer schedule"
@@ -239,7 +239,7 @@ def _schedule_of(fields: Mapping[str, Any]) -> Schedule:
 
 def choose(score: Tensor, k: int) -> Tensor:
     """[B, n] scores -> [B, k] int64: the best k of each row, ascending; equal scores: lowest index first."""
-    return torch.argsort(score, dim=1, descending=True, stable=True)[:, :k].sort(1).values
+    return top_indices(score, k)
 
 
 def find_schedule(name: str | Path) -> Schedule:

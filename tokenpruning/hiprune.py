@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenpruning.budget import Budget, check_budget
 from tokenpruning.plan import ANCHOR, BUFFER, REGISTER, TEXT, Segment, Selection, methods
 from vlmeff.errors import ConfigError
+from vlmeff.ops import top_indices
 
 BufferMode = Literal["linear", "grid"]
 CLUSTER = 5  # an anchor and its four neighbours
@@ -89,7 +90,7 @@ def hiprune_select(
     height, width = grid
     n = height * width
     n_anchors = round(k * alpha / CLUSTER)
-    anchors = torch.argsort(object_score, descending=True, stable=True)[:n_anchors]
+    anchors = top_indices(object_score, n_anchors)
     # One slot more than there are tokens: neighbours outside the picture land there and are cut off.
     kind = object_score.new_full((n + 1,), REGISTER, dtype=torch.int8)
     kind[_neighbours(anchors, height, width, buffer_mode)] = BUFFER
@@ -99,16 +100,13 @@ def hiprune_select(
     score = torch.where(kind == REGISTER, deep_score, object_score)
     if text_score is not None:
         outside = text_score.masked_fill(kind != REGISTER, -torch.inf)
-        asked = torch.argsort(outside, descending=True, stable=True)[: round(beta * k)]
+        asked = top_indices(outside, round(beta * k))
         kind[asked] = torch.where(kind[asked] == REGISTER, TEXT, kind[asked])  # the clusters may leave too few
         score = torch.where(kind == TEXT, text_score, score)
 
-    # Clusters come first, anchors before buffers, then text; each group in order of the score that chose it. A stable
-    # sort by group over a stable sort by score gives exactly that order, without reading sizes back to the host.
+    # Clusters come first, anchors before buffers, then text; each group in order of the score that chose it.
     group = torch.where(kind == ANCHOR, 3, torch.where(kind == BUFFER, 2, torch.where(kind == TEXT, 1, 0)))
-    by_score = torch.argsort(score, descending=True, stable=True)
-    order = by_score[torch.argsort(group[by_score], descending=True, stable=True)]
-    index = order[:k].sort().values
+    index = top_indices(score, k, groups=group)
     return Selection(index, kind[index])
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from vlmeff.errors import ConfigError, DataError
+from vlmeff.ops import top_indices
 
 TOP = 0.1  # the paper plots 0.05, 0.1 and 0.25
 
@@ -84,7 +85,7 @@ def top_distance(scores: Tensor, embeddings: Tensor, *, top: float = TOP) -> Ten
     n = len(scores)
     if n < 2:
         return None
-    chosen = torch.argsort(scores, descending=True, stable=True)[: max(2, int(n * top))]
+    chosen = top_indices(scores, max(2, int(n * top)))
     rows = embeddings[chosen.to(embeddings.device)]
     # pdist and not cdist: cdist may go through x.x + y.y - 2 x.y, which ruins the distances of tokens that are alike.
     return torch.pdist(rows.to(torch.promote_types(rows.dtype, torch.float32))).mean(dtype=torch.float64)

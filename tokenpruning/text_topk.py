@@ -9,6 +9,7 @@ import torch
 
 from tokenpruning.budget import Budget, check_budget
 from tokenpruning.plan import TEXT, Segment, Selection, methods
+from vlmeff.ops import top_indices
 
 
 @methods.register("text")
@@ -30,6 +31,5 @@ class TextTopK:
         check_budget("TextTopK", self.keep)
 
     def select(self, segment: Segment, k: int) -> Selection:
-        order = torch.argsort(segment.scores["text"], descending=True, stable=True)
-        index = order[:k].sort().values
+        index = top_indices(segment.scores["text"], k)
         return Selection(index, torch.full_like(index, TEXT, dtype=torch.int8))

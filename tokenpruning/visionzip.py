@@ -12,6 +12,7 @@ from tokenpruning import similarity
 from tokenpruning.budget import Budget, check_budget
 from tokenpruning.plan import MERGED, REGISTER, Segment, Selection, methods
 from vlmeff.errors import ConfigError
+from vlmeff.ops import top_indices
 
 CONTEXTUAL = 10 / 64  # of the budget; 10 of 64, 20 of 128 and 30 of 192 in the paper
 
@@ -73,17 +74,16 @@ def visionzip_select(features: Tensor, deep_score: Tensor, k: int, *, contextual
         )
     n_contextual = round(k * contextual)
     n_dominant = k - n_contextual
-    dominant = torch.argsort(deep_score, descending=True, stable=True)[:n_dominant]
+    dominant = top_indices(deep_score, n_dominant).to(features.device)
     kind = torch.full((n,), -1, dtype=torch.int8, device=features.device)
-    kind[dominant.to(features.device)] = REGISTER
+    kind[dominant] = REGISTER
     if n_contextual == 0:
-        index = dominant.to(features.device).sort().values
-        return Selection(index, kind[index])
+        return Selection(dominant, kind[dominant])
 
     rest = torch.argsort(kind, stable=True)[: n - n_dominant]  # -1 sorts first: what is not dominant, in raster order
     contexts = rest[:: len(rest) // n_contextual][:n_contextual].contiguous()
     kind[contexts] = MERGED
-    index = torch.cat([dominant.to(features.device), contexts]).sort().values
+    index = torch.cat([dominant, contexts]).sort().values
     into = torch.empty(n, dtype=torch.int64, device=features.device)
     into[rest] = torch.searchsorted(index, contexts)[_most_similar(features[rest], features[contexts])]
     # After the line above: a contextual token stays itself, also where another one points the same way.

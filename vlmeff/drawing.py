@@ -121,8 +121,8 @@ def draw_call(
 class TokenMap:
     """A picture as the vision tower saw it, and the same picture with what became of its tokens; both of one size.
 
-    ``kept`` of ``total`` tokens. ``legend``: (meaning, RGB colour) of the kinds of tokens in it. A resampled picture has
-    no map of kept tokens: ``resampled`` is True and ``after`` shows what detail the smaller grid holds.
+    ``kept`` of ``total`` tokens. ``legend``: (meaning, RGB colour) of the kinds of tokens in it. A resampled picture
+    has no map of kept tokens: ``resampled`` is True and ``after`` shows what detail the smaller grid holds.
     """
 
     label: str

@@ -12,10 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-INTERPRET = bool(triton.knobs.runtime.interpret)  # what triton.jit goes by when it decorates
+from vlmeff_kernels import HAS_TRITON
+
+
+def _interprets() -> bool:
+    """What ``triton.jit`` goes by when it decorates."""
+    if not HAS_TRITON:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+INTERPRET = _interprets()
 INTERPRETED_CAPABILITY = (9, 0)  # which tiles and paths the interpreter takes
 LEAST_CAPABILITY = (8, 0)
 

@@ -38,16 +38,21 @@ def causal_rows(rows, n, seed, heads=HEADS):
     return logits.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
-def measured(policy, n, seed=0, layer=0, layers=1, vision=None):
+def measured(policy, n, seed=0, layer=0, layers=1, vision=None, rows=None):
     """What a controller would hand to ``policy``: what it needs and nothing else."""
     kind, values = policy.needs.kind, {}
+    if rows is None and kind in ("window", "post_vision"):
+        rows = causal_rows(min(n, policy.needs.window), n, 1000 * seed + layer)
     seed = 1000 * seed + layer
     if kind == "full":
         received = causal_rows(n, n, seed).sum(1)
         per_head = received.view(KV_HEADS, -1, n).mean(1)
         values["scores"] = per_head if policy.selection == "per_head" else received.mean(0)
     elif kind in ("window", "post_vision"):
-        values["probs"] = causal_rows(min(n, policy.needs.window), n, seed)
+        if policy.needs.sums:
+            values["scores"] = rows.sum(1) if policy.needs.query_heads else rows.sum(1).mean(0)
+        else:
+            values["probs"] = rows
     elif kind == "keys":
         values["key_norms"] = torch.rand(KV_HEADS, n, generator=torch.Generator().manual_seed(seed))
     return LayerStats(layer=layer, layers=layers, n=n, kv_heads=KV_HEADS, vision=vision, **values)
@@ -218,9 +223,9 @@ def snapkv_scores(probs, window, kernel, pool):
 @pytest.mark.parametrize(("window", "kernel", "k"), [(4, 5, 9), (1, 3, 6), (3, 1, 17), (4, 7, 5)])
 def test_snapkv_keeps_the_window_and_the_best_pooled_votes_of_each_head(policy_class, pool, window, kernel, k):
     policy = policy_class(window=window, kernel=kernel, pool=pool)
-    stats = measured(policy, 24, seed=k)
-    kept = policy.select(stats, k).tolist()
-    for head, scores in enumerate(snapkv_scores(stats.probs, window, kernel, pool)):
+    rows = causal_rows(window, 24, k)
+    kept = policy.select(measured(policy, 24, rows=rows), k).tolist()
+    for head, scores in enumerate(snapkv_scores(rows, window, kernel, pool)):
         protected = range(24 - window, 24)
         spread = sorted(scores, reverse=True)
         tie = pool == "max" and math.isclose(spread[k - window - 1], spread[k - window], rel_tol=1e-5)
@@ -301,10 +306,10 @@ def test_h2o_keeps_the_recent_half_and_the_heavy_hitters_before_it():
 
 def test_tova_keeps_the_last_token_and_what_it_looks_at():
     policy = TOVA(keep_ratio=0.3)
-    stats = measured(policy, 20, seed=3)
-    scores = [sum(stats.probs[h, 0, j].item() for h in range(HEADS)) for j in range(20)]
+    rows = causal_rows(1, 20, 3)
+    scores = [sum(rows[h, 0, j].item() for h in range(HEADS)) for j in range(20)]
     assert policy.needs.window == 1
-    assert policy.select(stats, 6).tolist() == best(scores, 6, {19})
+    assert policy.select(measured(policy, 20, rows=rows), 6).tolist() == best(scores, 6, {19})
 
 
 def test_knorm_keeps_the_smallest_keys():

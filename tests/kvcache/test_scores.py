@@ -63,36 +63,38 @@ def test_scores_and_rows_are_those_of_attention_written_out(padded, both_ways, s
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows.double(), expected, rtol=RELATIVE, atol=1e-7)
 
-    shared = full_scores(q, k, per_head=False, **arguments)
+    shared = full_scores(q, k, reduce="mean", **arguments)
     torch.testing.assert_close(shared.double(), expected.mean(1).sum(1), rtol=RELATIVE, atol=1e-7)
-    heads = full_scores(q, k, per_head=True, **arguments)
+    each = full_scores(q, k, reduce="none", **arguments)
+    torch.testing.assert_close(each.double(), expected.sum(2), rtol=RELATIVE, atol=1e-7)
+    heads = full_scores(q, k, reduce="group", **arguments)
     torch.testing.assert_close(heads.double(), expected.unflatten(1, (2, 2)).mean(2).sum(2), rtol=RELATIVE, atol=1e-7)
     torch.testing.assert_close(rows.mean(1).sum(1), shared, rtol=RELATIVE, atol=1e-7)
 
 
 def test_scores_of_a_row_sum_to_its_tokens_and_padding_gets_exactly_nothing():
     q, k, valid = example()
-    scores = full_scores(q, k, scale=1.0, per_head=False, valid=valid)
+    scores = full_scores(q, k, scale=1.0, reduce="mean", valid=valid)
     assert scores[1, :3].tolist() == [0, 0, 0]
     torch.testing.assert_close(scores.sum(1), torch.tensor([9.0, 6.0]), rtol=RELATIVE, atol=0)
 
 
 def test_nan_in_padding_reaches_no_score():
     q, k, valid = example()
-    expected = full_scores(q, k, scale=1.0, per_head=False, valid=valid)
+    expected = full_scores(q, k, scale=1.0, reduce="mean", valid=valid)
     rows = window_rows(q, k, scale=1.0, valid=valid)
     q[1, :, :3], k[1, :, :3] = torch.nan, torch.nan
-    assert torch.equal(full_scores(q, k, scale=1.0, per_head=False, valid=valid), expected)
+    assert torch.equal(full_scores(q, k, scale=1.0, reduce="mean", valid=valid), expected)
     k[1, :, :3] = 0  # of the rows, only queries may be NaN: an attention kernel would not survive such keys either
     assert torch.equal(window_rows(q, k, scale=1.0, valid=valid), rows)
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-def test_weights_that_eager_attention_returns_give_the_same(per_head):
+@pytest.mark.parametrize("reduce", ["none", "group", "mean"])
+def test_weights_that_eager_attention_returns_give_the_same(reduce):
     q, k, valid = example(width=7)
     weights = attention(q, k, scale=0.3, valid=valid).float()
     weights[1, :, 0] = 1 / 9  # query 0 of row 1 is padding, and attends to everything alike
-    arguments = {"per_head": per_head, "valid": valid}
+    arguments = {"reduce": reduce, "valid": valid}
     got = full_scores_of_weights(weights, kv_heads=2, **arguments)
     torch.testing.assert_close(got, full_scores(q, k, scale=0.3, **arguments), rtol=RELATIVE, atol=1e-6)
     rows = window_rows_of_weights(weights, valid=valid)
@@ -103,13 +105,13 @@ def test_weights_that_eager_attention_returns_give_the_same(per_head):
 @pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 5], [2, 6, 1]])
 def test_chunks_of_a_prompt_add_up(chunks):
     q, k, valid = example()
-    whole, rows = full_scores(q, k, scale=1.0, per_head=True, valid=valid), window_rows(q, k, scale=1.0, valid=valid)
+    whole, rows = full_scores(q, k, scale=1.0, reduce="group", valid=valid), window_rows(q, k, scale=1.0, valid=valid)
     total = stacked = None
     start = 0
     for chunk in chunks:
         end = start + chunk
         arguments = {"scale": 1.0, "valid": valid[:, :end]}
-        total = accumulate(total, full_scores(q[:, :, start:end], k[:, :, :end], per_head=True, **arguments))
+        total = accumulate(total, full_scores(q[:, :, start:end], k[:, :, :end], reduce="group", **arguments))
         stacked = stack_rows(stacked, window_rows(q[:, :, start:end], k[:, :, :end], **arguments))
         start = end
     torch.testing.assert_close(total, whole, rtol=RELATIVE, atol=1e-6)
@@ -118,8 +120,8 @@ def test_chunks_of_a_prompt_add_up(chunks):
 
 def test_half_precision_is_scored_in_float32():
     q, k, valid = example(dtype=torch.bfloat16)
-    expected = full_scores(q.float(), k.float(), scale=1.0, per_head=False, valid=valid)
-    got = full_scores(q, k, scale=1.0, per_head=False, valid=valid)
+    expected = full_scores(q.float(), k.float(), scale=1.0, reduce="mean", valid=valid)
+    got = full_scores(q, k, scale=1.0, reduce="mean", valid=valid)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=RELATIVE, atol=1e-6)
     assert key_norms(k).dtype == torch.float32

@@ -28,7 +28,7 @@ def kept(probs, compression, **arguments):
     policy = SnapKV(keep_ratio=1 - compression, **arguments)
     out = []
     for layer, rows in enumerate(torch.from_numpy(probs)):
-        stats = LayerStats(layer=layer, layers=len(probs), n=rows.shape[-1], kv_heads=2, probs=rows)
+        stats = LayerStats(layer=layer, layers=len(probs), n=rows.shape[-1], kv_heads=2, scores=rows.sum(1))
         out.append(policy.select(stats, policy.budgets([stats])[0]))
     return torch.stack(out).numpy()
 

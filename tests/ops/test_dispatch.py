@@ -184,8 +184,19 @@ def test_an_explicit_choice_that_cannot_be_honoured_raises(install: Any, cuda: d
         assert (caught.value.op, caught.value.backend) == ("row_logsumexp", "triton")
         with pytest.raises(BackendUnavailableError, match="needs compute capability"):
             ops.explain("row_logsumexp", **cuda)
-        with pytest.raises(BackendUnavailableError, match="no such implementation of this op"):
-            ops.attention_column_mass(**cuda)
+    with (
+        ops.backend(attention_column_mass="triton"),
+        pytest.raises(BackendUnavailableError, match="no such implementation of this op"),
+    ):
+        ops.attention_column_mass(**cuda)
+
+
+def test_a_choice_for_all_ops_does_not_mean_those_that_have_no_kernels(install: Any, cuda: dict[str, Any]) -> None:
+    install(triton=None)
+    with ops.backend("triton"):
+        assert ops.row_logsumexp(**cuda) == "triton"
+        assert isinstance(ops.attention_column_mass(**cuda), Tensor)
+        assert "no accelerated back end exists" in ops.explain("attention_column_mass", **cuda).why
 
 
 def test_an_explicit_choice_without_backward_raises_instead_of_losing_gradients(install: Any) -> None:

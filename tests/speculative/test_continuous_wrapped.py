@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -109,3 +111,35 @@ def test_compare_holds_the_mode_against_plain_decoding_with_fewer_steps() -> Non
     assert report.deviation_rms == pytest.approx(float((out.latents - plain[16]).square().mean().sqrt()))
     assert report.speedup == pytest.approx(report.baselines[0].wall_s / out.stats.wall_s)
     assert "plain, 4 steps" in str(report)
+
+
+def test_compare_warms_up_with_a_run_that_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_mar(0)
+    modes: list[Any] = []
+    sample = type(model).sample
+
+    def watched(self: Any, labels: Any = None, **call: Any) -> Any:
+        modes.append(getattr(call["mode"], "mode", None))
+        return sample(self, labels, **call)
+
+    monkeypatch.setattr(type(model), "sample", watched)
+    attach(model, Continuous(delta=0.2))
+    compare(model, LABELS, seed=3, shares=(1.0, 0.5))
+    assert modes == ["coupled", None, None, "coupled"]
+    assert len(vlmeff.report(model).baselines) == 2
+
+
+@pytest.mark.parametrize("mode", [None, "coupled"])
+def test_every_mode_is_timed_from_before_its_noise_is_drawn(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmeff.models.mar import sampling
+    from vlmeff.speculative import job
+
+    class Slow(sampling.NoiseBank):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            time.sleep(0.5)
+            super().__init__(*args, **options)
+
+    for module in (sampling, job):
+        monkeypatch.setattr(module, "NoiseBank", Slow)
+    stats = random_mar(0).sample(LABELS, seed=3, num_iter=2, mode=mode).stats
+    assert stats.wall_s >= 0.5

@@ -1,4 +1,4 @@
-"""Densities in log space, speculative sampling from two densities, reflection coupling."""
+"""Speculative sampling from two densities, which try of a block is taken, reflection coupling."""
 
 from __future__ import annotations
 
@@ -7,45 +7,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from vlmeff.speculative.gaussian import density_accept, log_normal, log_path_ratio, reflection_couple
+from vlmeff.speculative.gaussian import density_accept, first_accepted, reflection_couple
 
 KS_P = 1e-4  # with fixed seeds: a correct law fails once in 10,000 seeds
-
-
-def test_log_densities_stay_finite_where_densities_do_not() -> None:
-    sigma = torch.full((3, 64), 0.0064)
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * sigma
-    assert torch.prod(sigma[0]) == 0  # what the published code multiplies
-    found = log_normal(x, torch.zeros_like(x), sigma.log())
-    wanted = stats.norm.logpdf(x.double().numpy(), 0, 0.0064).sum(1) + 32 * np.log(2 * np.pi)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
-
-
-def test_softening_divides_the_distance_and_not_the_volume() -> None:
-    x, log_sigma = torch.tensor([[0.3, -0.2]]), torch.tensor([[-1.0, 0.5]])
-    found = log_normal(x, torch.zeros(1, 2), log_sigma, softening=42.0)
-    wanted = -0.5 * sum((v / (42 * np.exp(s))) ** 2 for v, s in [(0.3, -1.0), (-0.2, 0.5)]) - (-1.0 + 0.5)
-    np.testing.assert_allclose(found, [wanted], rtol=1e-6)
-
-
-def test_the_ratio_of_paths_is_the_sum_of_the_steps_log_densities() -> None:
-    rng = np.random.default_rng(3)
-    steps, tokens, dim = 5, 4, 3
-    path, after = rng.normal(size=(steps, tokens, dim)), rng.normal(size=(tokens, dim))
-    p, q = ([rng.normal(size=path.shape), 0.3 * rng.normal(size=path.shape)] for _ in range(2))
-    for last in (None, after):
-        wanted = np.zeros(tokens)
-        for step in range(steps if last is not None else steps - 1):
-            end = path[step + 1] if step + 1 < steps else after
-            for law, sign in ((p, 1), (q, -1)):
-                wanted += sign * stats.norm.logpdf(end, law[0][step], np.exp(law[1][step])).sum(1)
-        found = log_path_ratio(
-            torch.tensor(path),
-            None if last is None else torch.tensor(last),
-            (torch.tensor(p[0]), torch.tensor(p[1])),
-            (torch.tensor(q[0]), torch.tensor(q[1])),
-        )
-        np.testing.assert_allclose(found, wanted, rtol=1e-9)
 
 
 class Mixture:
@@ -94,6 +58,36 @@ def test_density_accept_keeps_everything_of_its_own_law() -> None:
     out = density_accept(x, p.log, p.log, p.sample, generator=torch.Generator().manual_seed(0))
     assert bool(out.kept.all())
     assert torch.equal(out.x, x)
+
+
+def test_a_block_of_tries_gives_what_a_loop_over_them_would() -> None:
+    stay = torch.rand(7, 200, generator=torch.Generator().manual_seed(6)) < 0.2
+    found, chosen, looked_at = first_accepted(stay)
+    draws = 0
+    for n, column in enumerate(stay.T.tolist()):
+        tries = 0
+        while tries < len(column) - 1 and not column[tries]:
+            tries += 1
+        draws += tries + 1
+        assert bool(found[n]) == any(column)
+        assert int(chosen[n]) == tries
+    assert looked_at == draws
+    assert 0 < int(found.sum()) < 200
+
+
+def test_rows_whose_tries_run_out_keep_the_last_proposal() -> None:
+    # p and q agree where p proposes, so that the residual keeps nothing; and the draft lies where p has no mass.
+    x = torch.zeros(5, 2, dtype=torch.float64)
+    out = density_accept(
+        x,
+        lambda at: torch.where(at[:, 0] > 0, 0.0, -torch.inf),
+        lambda at: torch.zeros(len(at)),
+        lambda count: torch.arange(1, count + 1)[:, None].expand(-1, 2).double(),
+        max_tries=130,  # more than a block
+    )
+    assert not out.kept.any()
+    assert (out.draws, out.exhausted) == (5 * 130, 5)
+    assert torch.equal(out.x, torch.arange(6.0, 11.0)[:, None].expand(-1, 2).double())
 
 
 def test_reflection_coupling_is_maximal_and_has_the_targets_law() -> None:

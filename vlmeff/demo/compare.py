@@ -47,6 +47,7 @@ def compare(
     question: str,
     choice: Choice,
     *,
+    model: str | None = None,
     preset_first: bool = False,
     max_new_tokens: int = 64,
     stop: Stop | None = None,
@@ -62,7 +63,7 @@ def compare(
     for name, how in order:
         if stop.asked:
             break
-        for news in engine.answer(turns, how, max_new_tokens=max_new_tokens, stop=stop):
+        for news in engine.answer(turns, how, model=model, max_new_tokens=max_new_tokens, stop=stop):
             label = "baseline" if name == "baseline" else "preset"
             if isinstance(news, Note):
                 now = replace(now, status=f"{label}: {news.text}")
@@ -102,7 +103,7 @@ def rows(now: Comparison) -> list[Row]:
 
 def _row(name: str, base: Done | None, run: Done | None, read: Any, form: str, *, cost: bool = True) -> Row:
     values = [None if done is None or _unmeasured(done) else read(done) for done in (base, run)]
-    texts = ["–" if value is None else form.format(value) for value in values]
+    texts = ["-" if value is None else form.format(value) for value in values]
     share = values[1] / values[0] if cost and values[0] and values[1] is not None else None
     return Row(name, texts[0], texts[1], share)
 

@@ -1,7 +1,7 @@
 """What stands behind the demo's page: one model at a time, one answer at a time, streamed and stoppable.
 
-No Gradio here. Whoever asks gets an iterator of what has been said so far and, at its end, what the call cost. The model
-is wrapped and unwrapped for each run under one lock, so users never see each other's settings.
+No Gradio here. Whoever asks gets an iterator of what has been said so far and, at its end, what the call cost. The
+model is wrapped and unwrapped for each run under one lock, so users never see each other's settings.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Stop:
 
 
 class Engine:
-    """A vision-language model and its processor, which can be exchanged for another.
+    """One vision-language model and its processor, exchanged for another when a run asks for that.
 
     Args:
         name: a model of the zoo, a hub id or a folder.
@@ -126,19 +126,11 @@ class Engine:
 
     # -- the model
 
-    def use(self, name: str) -> None:
-        """Exchange the model. One that cannot be loaded leaves the present one in place."""
-        with self._lock:
-            if name != self.name or self.model is None:
-                self._load(name)
-
     def load(self) -> None:
+        """Load the model that the engine was made for."""
         with self._lock:
-            self._ready()
-
-    def _ready(self) -> None:
-        if self.model is None:
-            self._load(self.name)
+            if self.model is None:
+                self._load(self.name)
 
     def _load(self, name: str) -> None:
         model, processor = load(name, device=self.device, dtype=self.dtype)
@@ -147,17 +139,25 @@ class Engine:
         self.name, self.model, self.processor = name, model, processor
         self._warm.clear()
 
-    def presets(self) -> list[str]:
-        """The presets that the zoo has for this kind of model."""
-        return [row.preset for row in zoo.preset_table(self.model if self.model is not None else self.name)]
+    def presets(self, name: str) -> list[str]:
+        """The presets that the zoo has for a model."""
+        known = self.model if self.model is not None and name == self.name else name
+        return [row.preset for row in zoo.preset_table(known)]
 
     # -- answers
 
     def answer(
-        self, turns: Sequence[Turn], choice: Choice, *, max_new_tokens: int = 64, stop: Stop | None = None
+        self,
+        turns: Sequence[Turn],
+        choice: Choice,
+        *,
+        model: str | None = None,
+        max_new_tokens: int = 64,
+        stop: Stop | None = None,
     ) -> Iterator[Text | Note | Done]:
-        """Answer the last turn greedily.
+        """Answer the last turn greedily, with the model of that name (None: the present one).
 
+        A model that cannot be loaded leaves the present one in place.
         The first run of a choice follows an unmeasured one of two tokens, so that its times are not those of what is
         set up once. Leaving the iterator early stops the generation.
 
@@ -166,7 +166,7 @@ class Engine:
         stop = Stop(outer=stop)  # of its own, because leaving this iterator is no wish to end what comes after it
         said: queue.SimpleQueue[Text | Note | Done | BaseException] = queue.SimpleQueue()
         worker = threading.Thread(
-            target=self._work, args=(list(turns), choice, max_new_tokens, stop, said), daemon=True
+            target=self._work, args=(list(turns), choice, model, max_new_tokens, stop, said), daemon=True
         )
         worker.start()
         try:
@@ -184,7 +184,9 @@ class Engine:
             stop.set()
             worker.join()
 
-    def _work(self, turns: list[Turn], choice: Choice, max_new_tokens: int, stop: Stop, said: Any) -> None:
+    def _work(
+        self, turns: list[Turn], choice: Choice, model: str | None, max_new_tokens: int, stop: Stop, said: Any
+    ) -> None:
         try:
             if not self._lock.acquire(blocking=False):
                 said.put(Note("waiting for another answer to end"))
@@ -193,9 +195,10 @@ class Engine:
                         said.put(Done("", Report(), stopped=True))
                         return
             try:
-                if self.model is None:
-                    said.put(Note(f"loading {self.name}"))
-                    self._ready()
+                name = self.name if model is None else model
+                if self.model is None or name != self.name:
+                    said.put(Note(f"loading {name}"))
+                    self._load(name)
                 said.put(self._run(turns, choice, max_new_tokens, stop, said))
             finally:
                 self._lock.release()

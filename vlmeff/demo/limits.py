@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,23 +21,23 @@ class Limits:
     max_question_chars: int = 2000
     max_new_tokens: int = 512
 
-    def pictures(self, paths: Sequence[str]) -> list[Image.Image]:
-        """RGB pictures, upright, of an animation the first frame.
-
-        Raises:
-            DataError: too many, or one is broken or has too many pixels (looked up before it is decoded).
-        """
-        if len(paths) > self.max_pictures:
-            raise DataError(f"{len(paths)} pictures are too many; at most {self.max_pictures} fit one question.")
-        return [self.picture(path) for path in paths]
+    def check_count(self, pictures: int) -> None:
+        if pictures > self.max_pictures:
+            raise DataError(f"{pictures} pictures are too many; at most {self.max_pictures} fit one conversation.")
 
     def picture(self, path: str | None) -> Image.Image:
+        """An RGB picture, upright, of an animation the first frame.
+
+        Raises:
+            DataError: there is none, it is broken or has too many pixels (looked up before it is decoded).
+        """
         if not path:
             raise DataError("There is no picture yet: drop one, paste one or click an example.")
         try:
             return open_picture(Path(path), max_pixels=self.max_pixels)
         except DataError as error:  # its text names a path of the server
-            raise DataError(str(error).replace(repr(str(path)), "that was sent").replace(str(path), "that was sent"))
+            text = str(error).replace(repr(str(path)), "that was sent").replace(str(path), "that was sent")
+            raise DataError(text) from None
 
     def question(self, text: str | None) -> str:
         text = (text or "").strip()

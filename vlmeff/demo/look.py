@@ -49,7 +49,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], *, caption: str = 
 
 
 def bars(shares: Iterable[tuple[str, float]], *, unit: str = "of the baseline") -> str:
-    """Each cost of the preset as a bar beside the baseline's full one; longer than the baseline's where it costs more."""
+    """Each cost of the preset as a bar below the baseline's full one; longer than that where it costs more."""
     shares = list(shares)
     longest = max([1.0, *(share for _, share in shares)])
     lines = []

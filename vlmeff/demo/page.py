@@ -7,8 +7,9 @@ from typing import Any
 import gradio as gr
 
 from vlmeff.demo import look
-from vlmeff.demo.site import QUEUE, Site, shown
-from vlmeff.demo.tabs import compare_tab
+from vlmeff.demo.site import Site, shown
+from vlmeff.demo.tabs import about_tab, chat_tab, compare_tab, generate_tab, sweep_tab
+from vlmeff.demo.tabs.chat_tab import BASELINE
 
 HEAD = (
     '<div class="vl-head"><h1>vlmeff</h1><p>The same model, cheaper to run: its answer as it is, and its answer with a '
@@ -17,7 +18,7 @@ HEAD = (
 
 
 def build_demo(site: Site) -> gr.Blocks:
-    """Assemble the page for an engine and its limits; ``launch`` (in ``serving``) serves it."""
+    """Assemble the page for an engine and its limits; ``serve_demo`` serves it."""
     with gr.Blocks(title="vlmeff", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         with gr.Row(equal_height=True):
             gr.HTML(HEAD)
@@ -27,14 +28,23 @@ def build_demo(site: Site) -> gr.Blocks:
             )  # fmt: skip
         with gr.Tabs():
             with gr.Tab("Compare"):
-                presets = compare_tab.build(site)
+                compared = compare_tab.build(site, model)
+            with gr.Tab("Chat"):
+                chatted = chat_tab.build(site, model)
+            with gr.Tab("Sweep"):
+                sweep_tab.build(site, model)
+            with gr.Tab("Generate"):
+                generate_tab.build(site)
+            with gr.Tab("About"):
+                about_tab.build(site, model)
 
         @shown
-        def use(name: str) -> Any:
-            site.engine.use(name)
-            return gr.Dropdown(choices=site.presets())
+        def use(name: str) -> tuple[Any, Any]:
+            known = site.presets(name)
+            value = "fast" if "fast" in known else known[0]
+            return gr.Dropdown(choices=known, value=value), gr.Dropdown(choices=[BASELINE, *known], value=value)
 
-        model.change(use, [model], [presets], api_name="model", concurrency_id=QUEUE, concurrency_limit=1)
+        model.change(use, [model], [compared, chatted], api_name="model", queue=False)
     demo.queue(max_size=16, default_concurrency_limit=1)
     return demo
 

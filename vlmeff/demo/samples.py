@@ -1,7 +1,7 @@
 """The pictures that come with the demo, each with a question whose answer is known.
 
-``scene-*`` are of ``vlmeff.evaluation.scenes``, ``*-shape*`` are drawn like its mosaics, ``easy-vqa-*`` are test pictures
-of the easy-VQA package (MIT licence).
+``scene-*`` are of ``vlmeff.evaluation.scenes``, ``*-shape*`` are drawn like its mosaics, ``easy-vqa-*`` are test
+pictures of the easy-VQA package (MIT licence).
 """
 
 from __future__ import annotations

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vlmeff.demo.engine import Choice, Engine, Stop
 from vlmeff.demo.limits import Limits
-from vlmeff.errors import VlmeffError
+from vlmeff.errors import DataError, VlmeffError
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,24 @@ class Site:
         if stop is not None:
             stop.set()
 
-    def presets(self) -> list[str]:
-        return self.engine.presets()
+    def picture(self, path: str | None) -> Image.Image:
+        """A picture that was uploaded here; a path that a client made up is as good as none.
+
+        Raises:
+            DataError.
+        """
+        from gradio.utils import get_upload_folder
+
+        if path and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+            raise DataError("That picture was not uploaded here: drop it on the page.")
+        return self.limits.picture(path)
+
+    def pictures(self, paths: Sequence[str]) -> list[Image.Image]:
+        self.limits.check_count(len(paths))
+        return [self.picture(path) for path in paths]
+
+    def presets(self, model: str | None = None) -> list[str]:
+        return self.engine.presets(self.models[0] if model is None else model)
 
 
 def make_choice(
@@ -61,7 +79,7 @@ def make_choice(
 
 
 def shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of ours reach the page in their own words; of anything else the page says no more than that, the log all."""
+    """Errors of ours reach the page in their own words; of anything else it says only that, and the log says all."""
     import gradio as gr
 
     def as_error(error: Exception) -> Exception:

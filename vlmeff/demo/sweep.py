@@ -45,6 +45,7 @@ def sweep(
     question: str,
     choice: Choice,
     *,
+    model: str | None = None,
     known: str | None = None,
     budgets: Sequence[float] = BUDGETS,
     max_new_tokens: int = 32,
@@ -63,7 +64,7 @@ def sweep(
             break
         how = PLAIN if share >= 1 else replace(choice, keep=share)
         try:
-            done = yield from _run(engine, picture, question, how, now, share, max_new_tokens, stop)
+            done = yield from _run(engine, picture, question, how, model, now, share, max_new_tokens, stop)
         except VlmeffError as error:  # a budget that this model or method cannot meet says so in its row
             point = Point(share, 0, "", False, None, None, None, None, failed=str(error))
         else:
@@ -81,6 +82,7 @@ def _run(
     picture: Image.Image,
     question: str,
     how: Choice,
+    model: str | None,
     now: Sweep,
     share: float,
     longest: int,
@@ -89,7 +91,8 @@ def _run(
     """Yields what is going on; returns the Done."""
     at = f"{len(now.points) + 1} of {now.total}: {share:.0%} of the visual tokens"
     yield replace(now, status=at)
-    for news in engine.answer([user_turn(question, [picture])], how, max_new_tokens=longest, stop=stop):
+    turns = [user_turn(question, [picture])]
+    for news in engine.answer(turns, how, model=model, max_new_tokens=longest, stop=stop):
         if isinstance(news, Done):
             return news
         if isinstance(news, Note):

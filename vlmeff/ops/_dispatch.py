@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -151,7 +152,10 @@ def counters() -> Iterator[Counter[tuple[str, str]]]:
 
 def _choose(op: str, arguments: Mapping[str, Any]) -> tuple[Explanation, BackEnd | None]:
     """Apply the rules. The implementation is None for the reference."""
-    asked, asked_in = _asked_for(op)
+    asked, asked_in, for_this_op = _asked_for(op)
+    if asked in ACCELERATED and not for_this_op and _has_no_kernels(op):
+        why = "no accelerated back end exists for it, and the choice was made for all ops"
+        return Explanation(op, REFERENCE, why, {}), None
     if asked == REFERENCE:
         return Explanation(op, REFERENCE, f"asked for in {asked_in}", {}), None
     if asked not in (AUTO, EVERY_KERNEL):
@@ -205,15 +209,22 @@ def _accelerated(op: str) -> tuple[Mapping[str, BackEnd], str]:
     return vlmeff_kernels.OPS.get(op, {}), "vlmeff_kernels has no such implementation of this op"
 
 
-def _asked_for(op: str) -> tuple[str, str]:
-    """Return the back end asked for, or "auto", and where it was asked for."""
+def _has_no_kernels(op: str) -> bool:
+    """Whether the op is one that composes others or that no kernel would make faster: a choice for all ops does not
+    mean it. Without vlmeff_kernels nothing can be said to have none."""
+    implementations, _ = _accelerated(op)
+    return not implementations and sys.modules.get("vlmeff_kernels") is not None
+
+
+def _asked_for(op: str) -> tuple[str, str, bool]:
+    """Return the back end asked for, or "auto"; where it was asked for; and whether for this op and not for all."""
     text = os.environ.get(ENVIRONMENT_VARIABLE)
     environment = _parse_environment(text) if text else {}
     for choices, where in ((_asked.get(), "vlmeff.ops.backend"), (environment, ENVIRONMENT_VARIABLE)):
         for key in (op, EVERY_OP):
             if key in choices:
-                return choices[key], where
-    return AUTO, "the default"
+                return choices[key], where, key == op
+    return AUTO, "the default", False
 
 
 @functools.lru_cache(maxsize=8)
@@ -261,7 +272,8 @@ def _unit_stride(op: str, name: str, value: Any) -> Any:
         return [_unit_stride(op, name, item) for item in value]
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] <= 1 or value.stride(-1) == 1:
         return value
-    logger.debug("vlmeff.ops.%s: copying %s, its last dimension has stride %d", op, name, value.stride(-1))
+    if not torch.compiler.is_compiling():  # it would break the graph
+        logger.debug("vlmeff.ops.%s: copying %s, its last dimension has stride %d", op, name, value.stride(-1))
     return value.contiguous()
 
 

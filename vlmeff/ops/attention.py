@@ -19,6 +19,7 @@ Reduce: TypeAlias = Literal["none", "group", "mean"]
 
 # The references work on as many query rows at a time as fit their logits into this, and on one row at least.
 _LOGITS_BLOCK_BYTES = 32 * 2**20
+_CPU_LOGITS_BLOCK_BYTES = 4 * 2**20  # what several passes over it find in the cache, and no page of it is mapped anew
 
 
 @operator
@@ -54,7 +55,7 @@ def row_logsumexp(
         ValueError, TypeError: an argument has the wrong shape, value, dtype or device.
 
     If the attention kernel returns its own log-sum-exp, use that (and mind its base). Memory: one block of logits of
-    about 32 MB and a float32 copy of k; under autograd the blocks are kept for the backward.
+    about 32 MB (4 on a CPU) and a float32 copy of k; under autograd the blocks are kept for the backward.
     """
     op = "row_logsumexp"
     _check_queries_and_keys(op, q, k, packed=False)
@@ -214,19 +215,21 @@ def _column_mass(q: Tensor, k: Tensor, lse: Tensor | None, weight: Tensor | None
     weight_BKGW = None if weight is None else weight.reshape(*grouped, width)
 
     mass_BKGS = q_BHWD.new_zeros((*grouped, keys), dtype=_score_dtype(q_BHWD))
-    for rows, logits, allowed in _logit_blocks(q_BHWD, k_BKSD, **logit_arguments):
-        p = _probabilities(logits, None if lse_BKGW is None else lse_BKGW[..., rows, None], allowed)
+    for rows, logits, hidden in _logit_blocks(q_BHWD, k_BKSD, **logit_arguments):
+        p = _probabilities(logits, None if lse_BKGW is None else lse_BKGW[..., rows, None], hidden)
         # The weighted sum as a product: no second block of weight * p.
         mass_BKGS = mass_BKGS + (p.sum(-2) if weight_BKGW is None else (weight_BKGW[..., None, rows] @ p).squeeze(-2))
     return mass_BKGS
 
 
-def _probabilities(logits: Tensor, lse: Tensor | None, allowed: Tensor | None) -> Tensor:
-    """exp(z - lse), 0 where not allowed and in rows with lse = -inf; without an lse, the softmax."""
+def _probabilities(logits: Tensor, lse: Tensor | None, hidden: Tensor | None) -> Tensor:
+    """exp(z - lse), 0 where hidden and in rows with lse = -inf; without an lse, the softmax. May overwrite the logits."""
     # lse = -inf becomes +inf: exp(z - inf) is 0, and so is its gradient.
-    p = logits.softmax(-1) if lse is None else (logits - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
-    # What is not allowed is 0 by now, except in a fully masked row (softmax: NaN) and in one whose lse is NaN.
-    return p if allowed is None else p.masked_fill(~allowed, 0)
+    p = logits.softmax(-1) if lse is None else logits.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)).exp_()
+    if hidden is None:
+        return p
+    # What is hidden is 0 by now, except in a fully masked row (softmax: NaN) and in one whose lse is NaN.
+    return p.masked_fill(hidden, 0) if p.requires_grad else p.masked_fill_(hidden, 0)  # a backward reads p
 
 
 def _by_samples(q: Tensor, k: Tensor, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -235,7 +238,7 @@ def _by_samples(q: Tensor, k: Tensor, **arguments: Any) -> Iterator[dict[str, An
     The blocks of query rows are then the same whatever the batch: a sample's sums never depend on its batch mates.
     """
     sample_bytes = q.shape[1] * q.shape[2] * k.shape[2] * _score_dtype(q).itemsize
-    step = max(1, _LOGITS_BLOCK_BYTES // max(1, sample_bytes))
+    step = max(1, _block_bytes(q) // max(1, sample_bytes))
     if len(q) <= step:
         yield {"q": q, "k": k, **arguments}
         return
@@ -255,8 +258,8 @@ def _logit_blocks(
     k_pos: Tensor | None,
     key_valid: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield blocks of query rows: (rows, logits [B, K, G, w, S], -inf where not allowed, and allowed, which broadcasts
-    to the logits, or None for everything)."""
+    """Yield blocks of query rows: (rows, logits [B, K, G, w, S], -inf where hidden, and hidden, which broadcasts to the
+    logits, or None for nothing)."""
     (batch, heads, width, dim), (_, kv_heads, keys, _) = q_BHWD.shape, k_BKSD.shape
     dtype = _score_dtype(q_BHWD)
     k_BKDS = k_BKSD.to(dtype).contiguous().transpose(-1, -2)  # contiguous: no bit may depend on the strides
@@ -264,7 +267,7 @@ def _logit_blocks(
         q_pos = torch.arange(keys - width, keys, device=q_BHWD.device)[None] if q_pos is None else q_pos
         k_pos = torch.arange(keys, device=q_BHWD.device)[None] if k_pos is None else k_pos
 
-    step = max(1, _LOGITS_BLOCK_BYTES // max(1, heads * keys * dtype.itemsize))
+    step = max(1, _block_bytes(q_BHWD) // max(1, heads * keys * dtype.itemsize))
     for start in range(0, width, step):
         rows = slice(start, min(start + step, width))
         count = rows.stop - rows.start
@@ -274,14 +277,18 @@ def _logit_blocks(
         logits = (q_block @ k_BKDS).view(batch, kv_heads, heads // kv_heads, count, keys)
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
-        allowed = None if key_valid is None else key_valid[:, None]
+        hidden = None if key_valid is None else ~key_valid[:, None]
         if q_pos is not None and k_pos is not None:
-            before = k_pos[:, None] <= q_pos[:, rows, None]
-            allowed = before if allowed is None else before & allowed
-        if allowed is not None:
-            allowed = allowed[:, None, None]
-            logits.masked_fill_(~allowed, -torch.inf)
-        yield rows, logits, allowed
+            later = k_pos[:, None] > q_pos[:, rows, None]
+            hidden = later if hidden is None else later | hidden
+        if hidden is not None:
+            hidden = hidden[:, None, None]
+            logits.masked_fill_(hidden, -torch.inf)
+        yield rows, logits, hidden
+
+
+def _block_bytes(q: Tensor) -> int:
+    return min(_LOGITS_BLOCK_BYTES, _CPU_LOGITS_BLOCK_BYTES) if q.device.type == "cpu" else _LOGITS_BLOCK_BYTES
 
 
 def _score_dtype(q: Tensor) -> torch.dtype:

@@ -20,12 +20,14 @@ Source: "Continuous Speculative Decoding for Autoregressive Image Generation", a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmeff.speculative.gaussian import log_normal, residual_acceptance, with_temperature
+from vlmeff import ops
+from vlmeff.speculative.gaussian import TRIES_AT_ONCE, first_accepted, residual_acceptance, with_temperature
 from vlmeff.speculative.job import Contexts, Job, Player, Tokens
 
 SIGN = {"paper": 1.0, "official": -1.0, "off": 0.0}
@@ -41,17 +43,23 @@ class Steps:
 
     @classmethod
     def joined(cls, parts: list[Steps]) -> Steps:
+        return cls._of(lambda name: torch.cat([getattr(part, name) for part in parts]))
+
+    def pick(self, index: Tensor) -> Steps:
+        """Those of an index or mask [N]."""
+        return self._of(lambda name: getattr(self, name)[index])
+
+    @classmethod
+    def _of(cls, get: Callable[[str], Tensor]) -> Steps:
         out = cls.__new__(cls)
-        for name in ("mean", "log_sigma", "log_sigma_sum"):
-            setattr(out, name, torch.cat([getattr(part, name) for part in parts]))
+        out.mean, out.log_sigma, out.log_sigma_sum = (get(name) for name in ("mean", "log_sigma", "log_sigma_sum"))
         return out
 
 
 def log_acceptance(x: Tensor, p: Steps, q: Steps, *, softening: float, sigma_term: str) -> Tensor:
-    """[N] float64: the logarithm of what a uniform number is held against. x [N, D]."""
-    ends = log_normal(x, p.mean, p.log_sigma, softening=softening) - log_normal(
-        x, q.mean, q.log_sigma, softening=softening
-    )
+    """The logarithm of what a uniform number is held against: x [..., N, D] -> [..., N] float64."""
+    last = (t.expand_as(x).reshape(1, -1, x.shape[-1]) for t in (x, p.mean, p.log_sigma, q.mean, q.log_sigma))
+    ends = ops.gaussian_path_log_ratio(*last, softening=softening).view(x.shape[:-1])
     return ends + SIGN[sigma_term] * (q.log_sigma_sum - p.log_sigma_sum).sum(-1, dtype=torch.float64)
 
 
@@ -182,21 +190,17 @@ def _replace(job: Job, tokens: Tokens, replace: Tensor, p: Steps, q: Steps, alig
         return
     unaccepted = aligned[at] if job.config.on_exhausted == "target" else torch.zeros_like(aligned[at])
     job.emit(tokens.pick(at), unaccepted)
-    sign = SIGN[str(job.config.sigma_term)]
-    for _ in range(int(job.config.max_tries or 1)):
-        x, uniform = _proposals(job, tokens.sample[at], p.mean[at], p.log_sigma[at])
-        log_q_over_p = log_normal(x, q.mean[at], q.log_sigma[at]) - log_normal(x, p.mean[at], p.log_sigma[at])
-        log_q_over_p -= sign * (q.log_sigma_sum - p.log_sigma_sum)[at].sum(-1, dtype=torch.float64)
-        stay = uniform < residual_acceptance(log_q_over_p)
-        job.stats.residual_draws += len(at)
-        job.emit(tokens.pick(at[stay]), x[stay])
-        at = at[~stay]
-        if not len(at):
-            return
+    left = int(job.config.max_tries or 1)
+    while len(at) and left:
+        tries = min(TRIES_AT_ONCE, left)
+        left -= tries
+        here = p.pick(at)
+        noise, uniform = job.fresh_tokens(tokens.sample[at], tries)
+        x = here.mean + here.log_sigma.exp() * noise  # [tries, n, D]
+        log_p_over_q = log_acceptance(x, here, q.pick(at), softening=1.0, sigma_term=str(job.config.sigma_term))
+        found, chosen, looked_at = first_accepted(uniform < residual_acceptance(-log_p_over_q))
+        job.stats.residual_draws += looked_at
+        taken = x[chosen, torch.arange(len(at), device=job.device)]
+        job.emit(tokens.pick(at[found]), taken[found])
+        at = at[~found]
     job.stats.residual_exhausted += len(at)
-
-
-def _proposals(job: Job, sample: Tensor, mean: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(x [N, D] ~ N(mean, sigma^2), uniform [N]) from the residual streams of the samples."""
-    noise, uniform = job.fresh_tokens(sample)
-    return mean + log_sigma.exp() * noise, uniform

@@ -20,9 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmeff import ops
 from vlmeff.errors import ConfigError
-from vlmeff.speculative.gaussian import log_path_ratio, residual_acceptance, with_temperature
+from vlmeff.speculative.gaussian import first_accepted, residual_acceptance, with_temperature
 from vlmeff.speculative.job import Job, Player, Tokens
+
+FIRST_TRIES = 4  # residual paths of a unit that are drawn together at first; then twice as many, and so on
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def _draft(job: Job, player: Player, scratch: Tensor, sample: Tensor, units: Ten
 def _path_ratio(
     job: Job, path: Tensor, after: Tensor | None, p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """log p/q [N] of paths, at the job's temperature.
+    """log p/q [N] of paths [T, N, D], the states x_T ... x_1, at the job's temperature; ``after`` [N, D]: x_0, if the
+    last step is random as well.
 
     Raises:
         ConfigError: a step before the last has no variance, so there is no density.
@@ -107,8 +111,10 @@ def _path_ratio(
             "mode='exact': a step before the last has a variance that is not positive, so its law has no density. "
             "Use mode='coupled'."
         )
-    tau = job.temperature
-    return log_path_ratio(path, after, (mean_p, with_temperature(log_p, tau)), (mean_q, with_temperature(log_q, tau)))
+    ends = path[1:] if after is None else torch.cat([path[1:], after[None]])
+    steps, tau = len(ends), job.temperature  # without ``after`` the last step is a fixed map, which takes no part
+    log_p, log_q = with_temperature(log_p[:steps], tau), with_temperature(log_q[:steps], tau)
+    return ops.gaussian_path_log_ratio(ends, mean_p[:steps], log_p, mean_q[:steps], log_q)
 
 
 def _first_positions(job: Job, sample: Tensor, units: Tensor) -> Tensor:
@@ -149,27 +155,35 @@ def _resample(job: Job, target: Tokens, draft: Tokens) -> None:
     """Emit units from the residual: paths of the target, kept with probability 1 - min(1, q/p), one choice a unit.
 
     The same tokens under both models, one rejected unit a sample. Expected tries a unit: (1 - a)/(1 - a) = 1 per unit
-    that was decided on, so 1/(1 - a) per rejection.
+    that was decided on, so 1/(1 - a) per rejection. Some tries at once go through the head together, since a run of it
+    takes T steps however few its rows are; of those behind the first accepted one no statistic but the head's rows
+    knows. How many depends on nothing but the tries before, so that a sample's numbers do not depend on its batch.
     """
     assert job.draft is not None
-    for attempt in range(int(job.config.max_tries or 1)):
-        owner = target.sample.unique(return_inverse=True)[1]
-        uniform, noise = job.fresh_paths(target.sample)
-        run = job.target.run(target, noise=noise, keep_path=True)
+    left, tries = int(job.config.max_tries or 1), FIRST_TRIES
+    while True:
+        tries = min(tries, left)
+        left -= tries
+        unit = target.sample.unique(return_inverse=True)[1]
+        count = len(unit)
+        uniform, noise = job.fresh_paths(target.sample, tries)
+        every = torch.arange(count, device=job.device).repeat(tries)
+        run = job.target.run(target.pick(every), noise=noise, keep_path=True)
         x0 = job.final(run, target, noise[1][:, -1])
-        q = job.draft.path_stats(draft, run.path)
+        q = job.draft.path_stats(draft.pick(every), run.path)
         after = x0 if job.config.final_noise else None
-        log_p_over_q = _path_ratio(job, run.path, after, (run.means, run.log_sigmas), q)
-        log_q_over_p = torch.zeros(len(uniform), dtype=torch.float64, device=job.device)
-        log_q_over_p = log_q_over_p.index_add(0, owner, -log_p_over_q)
-        stay = uniform < residual_acceptance(log_q_over_p)
-        job.stats.residual_draws += len(uniform)
-        last = attempt + 1 == job.config.max_tries
-        if last:
-            job.stats.residual_exhausted += int((~stay).sum())
-            stay = torch.ones_like(stay)
-        out = stay[owner]
+        log_p_over_q = _path_ratio(job, run.path, after, (run.means, run.log_sigmas), q).view(tries, count)
+        log_q_over_p = torch.zeros(uniform.shape, dtype=torch.float64, device=job.device)
+        log_q_over_p = log_q_over_p.index_add(1, unit, -log_p_over_q)
+        found, chosen, looked_at = first_accepted(uniform < residual_acceptance(log_q_over_p))
+        job.stats.residual_draws += looked_at
+        if not left:
+            job.stats.residual_exhausted += int((~found).sum())
+            found = torch.ones_like(found)
+        out = found[unit]
+        x0 = x0.view(tries, count, -1)[chosen[unit], torch.arange(count, device=job.device)]
         job.emit(target.pick(out), x0[out])
         target, draft = target.pick(~out), draft.pick(~out)
         if not len(target.sample):
             return
+        tries *= 2

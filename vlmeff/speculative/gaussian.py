@@ -1,7 +1,6 @@
-"""Densities of diagonal Gaussians, paths of them, and speculative sampling from any two densities. Pure functions.
+"""Speculative sampling from any two densities, and its residual. Pure functions.
 
-D is the last axis of every tensor; densities are sums over it. Arithmetic stays in the tensors' dtype and sums are
-taken in float64, because a path adds thousands of terms.
+The ratio of two Gaussian paths is an operation of its own: ``vlmeff.ops.gaussian_path_log_ratio``.
 """
 
 from __future__ import annotations
@@ -13,38 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-def log_normal(x: Tensor, mean: Tensor, log_sigma: Tensor, *, softening: float = 1.0) -> Tensor:
-    """log N(x; mean, sigma^2) over the last axis, without the constant D/2 log 2 pi.
-
-    -|(x - mean) / (softening sigma)|^2 / 2 - sum log sigma. Finite for small sigma and large D where the density itself
-    leaves float32 (sigma = 0.0064 from about D = 18).
-
-    Args:
-        x, mean, log_sigma: [..., D].  softening: divides distances only, as CSpD's "inner temperature" does.
-    Returns:
-        [...] float64.
-    """
-    scaled = (x - mean) * torch.exp(-log_sigma) / softening
-    return (-0.5 * scaled.square() - log_sigma).sum(-1, dtype=torch.float64)
-
-
-def log_path_ratio(path: Tensor, after: Tensor | None, p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> Tensor:
-    """log p(path) - log q(path) of two Markov chains that start from the same law.
-
-    Args:
-        path: [T, N, D], the states (x_T, ..., x_1).
-        after: [N, D], x_0, if the last step is random as well; None if it is a fixed map, which takes no part.
-        p, q: means and log sigmas [T, N, D] of the steps from those states, temperature included.
-    Returns:
-        [N] float64. Zero for T = 1 without ``after``.
-    """
-    end = path[1:] if after is None else torch.cat([path[1:], after[None]])
-    steps = len(end)
-    (mean_p, log_p), (mean_q, log_q) = ((mean[:steps], log_sigma[:steps]) for mean, log_sigma in (p, q))
-    # Terms of equal models cancel before anything is added up.
-    exponents = ((end - mean_q) * torch.exp(-log_q)).square() - ((end - mean_p) * torch.exp(-log_p)).square()
-    return (0.5 * exponents + (log_q - log_p)).sum((0, 2), dtype=torch.float64)
+TRIES_AT_ONCE = 128  # residual proposals of a token that are drawn together where one is cheap
 
 
 @dataclass(frozen=True)
@@ -81,16 +49,34 @@ def density_accept(
     uniform = torch.rand(len(x), generator=generator, dtype=torch.float64)
     kept = uniform.log() < log_p(x) - log_q(x)
     left = (~kept).nonzero().squeeze(1)
-    draws = tries = 0
-    while len(left) and tries < max_tries:
-        proposal = sample_p(len(left))
-        draws, tries = draws + len(left), tries + 1
-        stay = torch.rand(len(left), generator=generator, dtype=torch.float64) < residual_acceptance(
-            log_q(proposal) - log_p(proposal)
-        )
-        out[left] = proposal  # the last proposal stays where the tries run out
-        left = left[~stay]
+    draws = done = 0
+    while len(left) and done < max_tries:
+        tries = min(TRIES_AT_ONCE, max_tries - done)
+        proposals = sample_p(tries * len(left))
+        share = residual_acceptance(log_q(proposals) - log_p(proposals)).view(tries, -1)
+        uniform = torch.rand(share.shape, generator=generator, dtype=torch.float64)
+        found, chosen, looked_at = first_accepted(uniform < share)
+        done, draws = done + tries, draws + looked_at
+        rows = torch.arange(len(left), device=left.device)
+        # The last proposal of a block stays where the tries run out.
+        out[left] = proposals.view(tries, len(left), *x.shape[1:])[chosen, rows]
+        left = left[~found]
     return Accepted(out, kept, draws, len(left))
+
+
+def first_accepted(stay: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Choose, of proposals that were drawn at once, the one that a loop over tries would have stopped at.
+
+    Args:
+        stay: [tries, N] bool.
+    Returns:
+        ([N] bool, some try was accepted; [N] the first that was, else the last; how many the loop would have looked
+        at). What was drawn behind an accepted one is not counted: the loop would not have drawn it.
+    """
+    tries = len(stay)
+    found = stay.any(0)
+    chosen = torch.where(found, stay.int().argmax(0), tries - 1)
+    return found, chosen, int((chosen + 1).sum())
 
 
 def residual_acceptance(log_q_over_p: Tensor) -> Tensor:

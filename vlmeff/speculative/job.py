@@ -21,6 +21,7 @@ from vlmeff.models.mar.sampling import (
     check_noise,
     check_order,
     guidance,
+    seconds_since,
     units,
     uses_guidance,
 )
@@ -173,6 +174,7 @@ class Job:
         order: Tensor | None,
         noise: Any,
     ) -> None:
+        self._started = time.perf_counter()  # as plain decoding does, before noise and embeddings are made
         self.config = config
         self.L, self.D, self.T = (
             target.config.seq_len,
@@ -212,12 +214,9 @@ class Job:
         """Run the mode. Returns the latents [B, L, D] and the statistics."""
         from vlmeff.speculative import coupled, cspd, exact
 
-        started = time.perf_counter()
         self._prefill()
         {"coupled": coupled, "exact": exact, "cspd": cspd}[str(self.config.mode)].decode(self)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.stats.wall_s = time.perf_counter() - started
+        self.stats.wall_s = seconds_since(self._started, self.device)
         return self.values, self.stats
 
     def _prefill(self) -> None:
@@ -301,28 +300,30 @@ class Job:
             self._uniforms = torch.stack(rows).double().to(self.device)
         return self._uniforms[sample, position]
 
-    def fresh_paths(self, sample: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """New randomness for residual paths of tokens [N], of their samples' own streams.
+    def fresh_paths(self, sample: Tensor, tries: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """New randomness for some residual paths of each of the tokens [N], of their samples' own streams.
 
         Returns:
-            (uniform of each sample [S] in ascending order, (x_T [N, D], eps [N, T, D])).
+            (uniform of each try and sample [tries, S], samples ascending; (x_T [tries N, D], eps [tries N, T, D]), the
+            tokens of the first try before those of the next).
         """
         streams, counts, back = self._streams(sample)
         drawn, uniform = [], []
         for stream, count in zip(streams, counts, strict=True):
-            drawn.append(torch.randn(count, self.T + 1, self.D, generator=stream))
-            uniform.append(torch.rand(1, generator=stream))
-        noise = torch.cat(drawn)[back].to(self.device)
-        return torch.cat(uniform).double().to(self.device), (noise[:, 0], noise[:, 1:])
+            drawn.append(torch.randn(tries, count, self.T + 1, self.D, generator=stream))
+            uniform.append(torch.rand(tries, generator=stream))
+        noise = torch.cat(drawn, 1)[:, back].flatten(0, 1).to(self.device)
+        return torch.stack(uniform, 1).double().to(self.device), (noise[:, 0], noise[:, 1:])
 
-    def fresh_tokens(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """(noise [N, D], uniform [N]) for one proposal a token, of the tokens' samples' own streams."""
+    def fresh_tokens(self, sample: Tensor, tries: int) -> tuple[Tensor, Tensor]:
+        """(noise [tries, N, D], uniform [tries, N]) for some proposals a token, of the tokens' samples' own streams."""
         streams, counts, back = self._streams(sample)
         drawn, uniform = [], []
         for stream, count in zip(streams, counts, strict=True):
-            drawn.append(torch.randn(count, self.D, generator=stream))
-            uniform.append(torch.rand(count, generator=stream))
-        return torch.cat(drawn)[back].to(self.device), torch.cat(uniform)[back].double().to(self.device)
+            drawn.append(torch.randn(tries, count, self.D, generator=stream))
+            uniform.append(torch.rand(tries, count, generator=stream))
+        noise, uniforms = torch.cat(drawn, 1)[:, back], torch.cat(uniform, 1)[:, back]
+        return noise.to(self.device), uniforms.double().to(self.device)
 
     def _streams(self, sample: Tensor) -> tuple[list[torch.Generator], list[int], Tensor]:
         """Generators of the samples of tokens [N] in ascending order, the tokens of each, and the index [N] that puts

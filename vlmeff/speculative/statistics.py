@@ -141,10 +141,6 @@ class Stats:
     def distance_mean(self) -> float | None:
         return self.distance_sum / self.distance_count if self.distance_count else None
 
-    @property
-    def target_head_evaluations_per_token(self) -> float:
-        return self.target_head_rows / (self.batch * self.seq_len)
-
     def to_dict(self) -> dict[str, Any]:
         """Counts and what follows from them, as plain JSON values."""
         hidden = ("lengths", "distance_sum", "distance_count")

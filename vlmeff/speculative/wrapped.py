@@ -217,6 +217,8 @@ def rms(a: Tensor, b: Tensor) -> float:
 def compare(model: Any, labels: Any = None, *, shares: tuple[float, ...] = (1.0, 0.5, 0.25), **call: Any) -> Any:
     """Sample as configured and plainly, with all the steps and with fewer, from the same noise.
 
+    One more run, as configured, comes first and counts for nothing: it warms up.
+
     Args:
         model: a wrapped generator.  shares: of ``num_iter``, the plain runs; the first must be 1.
         **call: of ``model.sample``; without ``mode``.
@@ -232,6 +234,7 @@ def compare(model: Any, labels: Any = None, *, shares: tuple[float, ...] = (1.0,
         raise ConfigError(f"compare: shares={shares}; the first must be 1, what the others are held against.")
     state: State = model.__dict__[STATE]
     steps = call.get("num_iter") or model.config.seq_len
+    model.sample(labels, **call)  # not counted: what is allocated, compiled or cached at first is no mode's cost
     runs = []
     for share in shares:
         runs.append(model.sample(labels, **{**call, "num_iter": max(1, round(share * steps)), "mode": None}))

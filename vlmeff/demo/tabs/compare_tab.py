@@ -18,7 +18,7 @@ METHODS = [AS_PRESET, "hiprune", "divprune", "scope", "visionzip", "fourier", "a
 NOISE = "Single runs are noisy; vlmeff eval measures many, with intervals. The two runs take turns at going first."
 
 
-def build(site: Site) -> gr.Dropdown:
+def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     """Make the tab's components and events; returns the dropdown of presets, which follows the model."""
     turns = gr.State(0)  # clicks so far: which run goes first
     with gr.Row(equal_height=False):
@@ -49,16 +49,13 @@ def build(site: Site) -> gr.Dropdown:
             figures = gr.HTML(_figures(Comparison()), elem_id="compare-figures")
             chart = gr.HTML("", elem_id="compare-chart", min_height=150)
             gr.HTML(look.note(NOISE))
-    with gr.Row():
-        with gr.Column():
-            said = gr.HTML(
-                look.legend([], "Which patches were kept: run a comparison first."), elem_id="compare-legend"
-            )
-            slider = gr.ImageSlider(
-                label="Left of the handle the picture as the model saw it, right of it what was kept", format="png",
-                interactive=False, height=460, buttons=["fullscreen"], elem_id="compare-map",
-            )  # fmt: skip
-            tiles = gr.Gallery(label="Tiles", visible=False, columns=4, height=260, format="png", interactive=False)
+    with gr.Row(), gr.Column():
+        said = gr.HTML(look.legend([], "Which patches were kept: run a comparison first."), elem_id="compare-legend")
+        slider = gr.ImageSlider(
+            label="Left of the handle the picture as the model saw it, right of it what was kept", format="png",
+            interactive=False, height=460, buttons=["fullscreen"], elem_id="compare-map",
+        )  # fmt: skip
+        tiles = gr.Gallery(label="Tiles", visible=False, columns=4, height=260, format="png", interactive=False)
     gr.Examples(
         [[example.path, example.question] for example in EXAMPLES],
         inputs=[picture, question], label="Examples: a picture and a question, one click each", examples_per_page=10,
@@ -68,14 +65,21 @@ def build(site: Site) -> gr.Dropdown:
 
     @shown
     def start(
-        path: str | None, text: str, name: str, how: str, percent: float, tokens: float, number: float, count: int,
-        request: gr.Request,
+        model_name: str, path: str | None, text: str, name: str, how: str, percent: float, tokens: float,
+        number: float, count: int, request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
-        asked, seen = site.limits.question(text), site.limits.picture(path)
+        asked, seen = site.limits.question(text), site.picture(path)
         flag = site.begin(request.session_hash, TAB)
         choice = make_choice(name, how, percent, seed=int(number or 0))
         news = compare(
-            site.engine, seen, asked, choice, preset_first=bool(count % 2), max_new_tokens=int(tokens), stop=flag
+            site.engine,
+            seen,
+            asked,
+            choice,
+            model=model_name,
+            preset_first=bool(count % 2),
+            max_new_tokens=int(tokens),
+            stop=flag,
         )
         for now in news:
             yield (*_page(now), count)
@@ -86,11 +90,11 @@ def build(site: Site) -> gr.Dropdown:
         return look.status("stopped")
 
     event = run.click(
-        start, [picture, question, preset, method, share, longest, seed, turns], outputs,
+        start, [model, picture, question, preset, method, share, longest, seed, turns], outputs,
         api_name="compare", concurrency_id=QUEUE, concurrency_limit=1, show_progress="hidden",
     )  # fmt: skip
     question.submit(
-        start, [picture, question, preset, method, share, longest, seed, turns], outputs,
+        start, [model, picture, question, preset, method, share, longest, seed, turns], outputs,
         api_visibility="private", concurrency_id=QUEUE, concurrency_limit=1, show_progress="hidden",
     )  # fmt: skip
     stop.click(halt, None, [status], api_name="stop", queue=False, cancels=[event])
