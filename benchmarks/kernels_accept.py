@@ -116,6 +116,9 @@ def decisions(result: Row) -> list[Decision]:
     found = []
     for (op, name, bucket), rows in grouped.items():
         wrong = [f"{row['name']}: {why}" for row in rows if (why := complaint(row, name)) is not None]
+        # Which bucket such a case belongs to is not known.
+        wrong += [f"{row['name']}: not checked ({row['unchecked']})" for row in result["cases"]
+                  if row["op"] == op and "unchecked" in row]  # fmt: skip
         why = "; ".join(wrong) if wrong else f"{len(rows)} of {len(rows)} cases pass"
         cases = tuple(row["name"] for row in rows)
         found.append(Decision(op, name, result["capability"], bucket, not wrong, why, cases))

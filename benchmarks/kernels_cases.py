@@ -273,7 +273,14 @@ def gather_tokens_case(name: str, *, batch: int, tokens: int, kept: int, width: 
 def top_case(name: str, *, batch: int, n: int, k: int) -> Case:
     def make(device: torch.device) -> Call:
         scores = random(device, batch, n, dtype=torch.float32)
-        return Call({"scores": scores, "k": k}, {PLAIN: lambda: scores.topk(k).indices.sort(-1).values})
+
+        def plain() -> Tensor:
+            return scores.argsort(dim=-1, descending=True, stable=True)[..., :k].sort(-1).values
+
+        any_of_equals: dict[str, Run] = {
+            "torch.topk, any of equal scores": lambda: scores.topk(k).indices.sort(-1).values
+        }
+        return Call({"scores": scores, "k": k}, {PLAIN: plain}, any_of_equals)
 
     return Case("top_indices", name, "float32", {"batch": batch, "n": n, "k": k}, Work(batch * (4 * n + 8 * k)), make)
 

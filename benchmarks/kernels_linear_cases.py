@@ -125,10 +125,10 @@ def scales(device: torch.device, *shape: int, seed: int) -> Tensor:
 
 def torchao_layer(device: torch.device, n: int, k: int, kind: str) -> torch.nn.Module | None:
     """A linear layer of torchao's that quantizes its input itself, or None where there is none."""
-    from dit_cases import with_torchao
-
     layer = torch.nn.Sequential(torch.nn.Linear(k, n, dtype=torch.bfloat16, device=device)).requires_grad_(False)
     try:
+        from dit_cases import with_torchao  # which needs diffusers as well
+
         with_torchao(layer, f"torchao {kind}")
     except (ImportError, AssertionError, RuntimeError, NotImplementedError, ValueError):
         return None

@@ -47,6 +47,7 @@ from vlmeff.errors import BackendUnavailableError
 from vlmeff.ops import _dispatch
 
 LIMIT_S = 570  # of one call
+CHECKS_SHARE = 0.4  # of the time, to be left when the checks end
 COMPILE_S = 45  # less than this left: no further torch.compile
 LAUNCH_BOUND_US = 20
 GRAPH_LONGEST_US = 200
@@ -114,14 +115,17 @@ def difference(got: Any, expected: Any) -> tuple[float, float]:
     return worst, off
 
 
-def check(case: Case, device: torch.device) -> Row:
-    """Run every back end once, compare, and note how long the first call took (it compiles)."""
-    call = case.make(device)
-    row: Row = {
+def described(case: Case) -> Row:
+    return {
         **{"op": case.op, "name": case.name, "dtype": case.dtype, "sizes": dict(case.sizes)},
         **{"bytes": case.work.bytes, "flops": case.work.flops, "arithmetic": case.work.arithmetic},
         **{"exps": case.work.exps, "tolerance": case.tolerance, "settings": {}, "left_out": {}},
     }
+
+
+def check(case: Case, device: torch.device) -> Row:
+    """Run every back end once, compare, and note how long the first call took (it compiles)."""
+    call, row = case.make(device), described(case)
     with ops.backend(REFERENCE):
         expected = function(case)(**call.arguments) if call.accurate is None else call.accurate()
     for name in back_ends(case):
@@ -286,7 +290,13 @@ def on_device(cases: list[Case], device: torch.device, result: Row, save: Callab
     limits = Ceilings.of(result["ceilings"])
     rows = []
     for case in cases:
-        row = check(case, device)
+        try:
+            if left() < CHECKS_SHARE * limit_s:
+                raise TimeoutError(f"the checks took more than {1 - CHECKS_SHARE:.0%} of the {limit_s:.0f} s")
+            row = check(case, device)
+        except Exception as failed:  # the reference or a library, for want of memory say
+            row = {**described(case), "unchecked": first_line(failed)}
+            row["left_out"]["times"] = row["unchecked"]
         row["floor_us"], row["bound"] = limits.floor(case.work)
         rows.append(row)
         result["cases"] = rows
@@ -294,6 +304,8 @@ def on_device(cases: list[Case], device: torch.device, result: Row, save: Callab
         torch.cuda.empty_cache()
     for what, least_s, phase in (("times", 5, time_on_gpu), (COMPILED, COMPILE_S, compile_on_gpu)):
         for case, row in zip(cases, rows, strict=True):
+            if "unchecked" in row:
+                continue
             if what == COMPILED and not case.compiled:
                 row["left_out"][what] = "its loops are unrolled: too long to compile"
             elif left() < least_s:

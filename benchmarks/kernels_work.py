@@ -38,7 +38,7 @@ class Ceilings:
         """(microseconds, what they are spent on): the largest of the three times, as all go on at once."""
         times = {
             "memory": work.bytes / self.copy,
-            "products": work.flops / self.products[work.arithmetic] if work.flops else 0.0,
+            "products": work.flops / self.products.get(work.arithmetic, self.products["bf16"]) if work.flops else 0.0,
             "exp": work.exps / self.exp,
         }
         bound = max(times, key=times.__getitem__)

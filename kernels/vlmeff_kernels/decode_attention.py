@@ -43,7 +43,7 @@ INTERPRETED_TILE = (32, 4, 1)
 
 @triton.jit
 def as_float(code):
-    """Exact float32 of int32 codes below 256, from the bits of 2^23 + code: a conversion runs at a quarter of the rate."""
+    """Exact float32 of int32 codes below 256, from the bits of 2^23 + code: conversions run at a quarter of the rate."""
     return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 

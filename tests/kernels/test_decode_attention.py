@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 # Relative to the Frobenius norm of the output in float64. Outputs in half precision are compared with the oracle's
 # rounded as well: an ulp here and there, where the two lie on either side of half way.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 3e-4}
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def stored(
@@ -129,9 +129,12 @@ def strided(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_do_not_matter_and_neighbours_are_not_read(dtype: torch.dtype, device: torch.device) -> None:
-    q, keys, values = case(dtype=dtype, device=device)
+    q, keys, values = case(heads=1, dtype=dtype, device=device)
     expected = run(q, keys, values, scale=0.2)
-    apart = [StoredStates(*map(strided, states[:4]), *states[4:]) for states in (keys, values)]
+    apart = [
+        StoredStates(strided(s.codes), strided(s.scale), strided(s.zero), strided(s.rest), s.bits, s.group)
+        for s in (keys, values)
+    ]
     got = run(strided(q), *apart, scale=0.2)
     assert torch.equal(got, expected)
     # Nor what lies in front of and behind contiguous tensors.
@@ -141,7 +144,7 @@ def test_strides_do_not_matter_and_neighbours_are_not_read(dtype: torch.dtype, d
 
 
 def test_the_same_bits_every_time(device: torch.device) -> None:
-    q, keys, values = case(dtype=torch.bfloat16, device=device)
+    q, keys, values = case(batch=1, dtype=torch.bfloat16, device=device)
     first = run(q, keys, values, scale=0.2)
     assert all(torch.equal(run(q, keys, values, scale=0.2), first) for _ in range(3))
 
@@ -191,9 +194,9 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("broken", WRONG)
 def test_the_comparison_notices(broken: str, device: torch.device) -> None:
-    q, keys, values = case(device=device)
+    q, keys, values = case(batch=1, heads=1, device=device)
     wrong = WRONG[broken]
-    valid = torch.ones(2, 140, dtype=torch.bool, device=device)
+    valid = torch.ones(1, 140, dtype=torch.bool, device=device)
     if "hidden" in wrong:
         valid[:, wrong["hidden"]] = False
     options = {"scale": 0.2} | {name: wrong[name] for name in ("scale", "softcap") if name in wrong}

@@ -170,8 +170,9 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 def test_nothing_is_read_on_the_host() -> None:
     mode = FakeTensorMode()
+    f = mode.from_tensor
     q, keys, values = example()
-    fake = [StoredStates(*(mode.from_tensor(t) for t in states[:4]), *states[4:]) for states in (keys, values)]
+    fake = [StoredStates(f(s.codes), f(s.scale), f(s.zero), f(s.rest), s.bits, s.group) for s in (keys, values)]
     valid = mode.from_tensor(torch.ones(2, 33, dtype=torch.bool))
     with mode:
         out = quantized_decode_attention(mode.from_tensor(q), *fake, scale=0.25, valid=valid, softcap=30.0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmeff.diffusion.families import READS_WEIGHT, find_family, rules_for
+from vlmeff.diffusion.feed_forward import fold_gelu, unfold_gelu
 from vlmeff.diffusion.layers import PROTECTED, QuantLinear, share_activations
 from vlmeff.diffusion.rules import LayerChoice, LayerReport, Rule, RuleLike, choose_layers, layer_report
 from vlmeff.diffusion.schemes import LayerSpec, check_hardware, get_scheme
@@ -55,6 +56,7 @@ class Quantized:
             layer: Any = self.model.get_submodule(name)
             original = original.to(layer.qweight.device, layer.cast_to)  # follows casts of the model
             self.model.set_submodule(name, original.train(layer.training))
+            unfold_gelu(self.model, name)
         self.originals = {}
         self.model.__dict__.pop("save_pretrained", None)
         return self.model
@@ -196,6 +198,7 @@ def place(model: nn.Module, name: str, layer: QuantLinear) -> None:
     if re.fullmatch(READS_WEIGHT, name):  # its owner asks whether the weight is a tensor
         layer.__dict__["weight"] = None
     model.set_submodule(name, layer)
+    fold_gelu(model, name)
 
 
 def link_siblings(layers: Mapping[str, QuantLinear]) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlmeff import ops
 from vlmeff.diffusion import quantizers
@@ -197,23 +198,37 @@ class QuantLinear(nn.Module):
             weight = weight + self.lr_up.float() @ self.lr_down.float()
         return weight if self.smooth is None else weight / self.smooth
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] of any float dtype -> [..., N] of the same."""
+    @property
+    def takes_gelu(self) -> bool:
+        """Whether a GELU can be computed while the input is quantized: int8, a scale per token, no other reader."""
+        spec = self.spec
+        per_token = not 0 < spec.a_group < self.in_features
+        alone = self.lr_down is None and self.shared is None
+        return spec.weight == "int" and spec.a_bits == 8 and per_token and alone
+
+    def forward(self, x: Tensor, *, gelu: Literal["none", "tanh"] | None = None) -> Tensor:
+        """[..., K] of any float dtype -> [..., N] of the same.
+
+        Args:
+            gelu: apply this GELU to x first (``torch.nn.functional.gelu``'s ``approximate``); None for none.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             raise UnsupportedInputError(
                 "QuantLinear has no gradient: run under torch.no_grad(), or train with vlmeff.diffusion.qvgen."
             )
         if x.shape[-1] != self.in_features:  # an odd K is packed as the even one above it: no op would notice
             raise ValueError(f"QuantLinear: the input has {x.shape[-1]} features, the layer takes {self.in_features}.")
+        if gelu is not None and not self.takes_gelu:
+            x, gelu = F.gelu(x, approximate=gelu), None
         flat = x.reshape(-1, x.shape[-1])
-        out = self._product(x, flat)
+        out = self._product(x, flat, gelu)
         if self.lr_down is not None and self.lr_up is not None:
             smoothed = flat if self.smooth is None else (flat.float() / self.smooth).to(x.dtype)
             branch = smoothed.to(self.lr_down.dtype) @ self.lr_down.T @ self.lr_up.T
             out = out + branch.to(out.dtype)
         return out.view(*x.shape[:-1], self.out_features)
 
-    def _product(self, x: Tensor, flat: Tensor) -> Tensor:
+    def _product(self, x: Tensor, flat: Tensor, gelu: Literal["none", "tanh"] | None = None) -> Tensor:
         spec, scale, bias = self.spec, self.w_scale, self.bias
         if spec.a_bits == 16:
             if self.smooth is not None:
@@ -221,7 +236,10 @@ class QuantLinear(nn.Module):
             return ops.linear_wna16(
                 flat, self.qweight, scale, self.w_zero, bias, bits=_stored_bits(spec), group=spec.group
             )
-        activation = self._activation(x, flat)
+        if gelu is not None:
+            activation: tuple[Tensor, ...] = ops.gelu_quant_int8(flat, self.smooth, approximate=gelu)
+        else:
+            activation = self._activation(x, flat)
         if spec.weight == "uint":
             assert self.w_zero is not None
             assert self.w_colsum is not None

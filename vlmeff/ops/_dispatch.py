@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -42,6 +41,8 @@ ENVIRONMENT_VARIABLE = "VLMEFF_BACKEND"
 AUTO, REFERENCE, EVERY_KERNEL = "auto", "reference", "accelerated"
 ACCELERATED = ("cuda", "triton", "torch")  # in order of preference
 UNSUPPORTED = "no accelerated back end supports the call"
+# Of an op that composes others, or that no kernel would make faster: a choice for all ops does not mean it.
+NO_KERNELS = "vlmeff_kernels has no such implementation of this op, nor any other"
 EVERY_OP = "*"  # key of a choice that holds for all ops without one of their own
 
 Operator = TypeVar("Operator", bound=Callable[..., Any])
@@ -153,7 +154,7 @@ def counters() -> Iterator[Counter[tuple[str, str]]]:
 def _choose(op: str, arguments: Mapping[str, Any]) -> tuple[Explanation, BackEnd | None]:
     """Apply the rules. The implementation is None for the reference."""
     asked, asked_in, for_this_op = _asked_for(op)
-    if asked in ACCELERATED and not for_this_op and _has_no_kernels(op):
+    if asked in ACCELERATED and not for_this_op and _accelerated(op)[1] == NO_KERNELS:
         why = "no accelerated back end exists for it, and the choice was made for all ops"
         return Explanation(op, REFERENCE, why, {}), None
     if asked == REFERENCE:
@@ -206,14 +207,10 @@ def _accelerated(op: str) -> tuple[Mapping[str, BackEnd], str]:
         if error.name != "vlmeff_kernels":  # it is there and broken
             raise
         return {}, "the package vlmeff_kernels is not installed"
-    return vlmeff_kernels.OPS.get(op, {}), "vlmeff_kernels has no such implementation of this op"
-
-
-def _has_no_kernels(op: str) -> bool:
-    """Whether the op is one that composes others or that no kernel would make faster: a choice for all ops does not
-    mean it. Without vlmeff_kernels nothing can be said to have none."""
-    implementations, _ = _accelerated(op)
-    return not implementations and sys.modules.get("vlmeff_kernels") is not None
+    found = vlmeff_kernels.OPS.get(op)
+    if found is None:
+        return {}, NO_KERNELS
+    return found, "vlmeff_kernels has no such implementation of this op"
 
 
 def _asked_for(op: str) -> tuple[str, str, bool]:

@@ -154,7 +154,7 @@ def _row_logsumexp_reference(*, q: Tensor, k: Tensor, **logit_arguments: Any) ->
 
 
 def _logsumexp(q: Tensor, k: Tensor, **logit_arguments: Any) -> Tensor:
-    blocks = [logits.logsumexp(-1).flatten(1, 2) for _, logits, _ in _logit_blocks(q, k, **logit_arguments)]
+    blocks = [logits.logsumexp(-1).flatten(1, 2) for _, logits, *_ in _logit_blocks(q, k, **logit_arguments)]
     return torch.cat([q.new_empty((*q.shape[:2], 0), dtype=_score_dtype(q)), *blocks], dim=2)
 
 
@@ -215,21 +215,28 @@ def _column_mass(q: Tensor, k: Tensor, lse: Tensor | None, weight: Tensor | None
     weight_BKGW = None if weight is None else weight.reshape(*grouped, width)
 
     mass_BKGS = q_BHWD.new_zeros((*grouped, keys), dtype=_score_dtype(q_BHWD))
-    for rows, logits, hidden in _logit_blocks(q_BHWD, k_BKSD, **logit_arguments):
-        p = _probabilities(logits, None if lse_BKGW is None else lse_BKGW[..., rows, None], hidden)
+    for rows, logits, first, hidden in _logit_blocks(q_BHWD, k_BKSD, **logit_arguments):
+        p = _probabilities(logits, None if lse_BKGW is None else lse_BKGW[..., rows, None], first, hidden)
         # The weighted sum as a product: no second block of weight * p.
-        mass_BKGS = mass_BKGS + (p.sum(-2) if weight_BKGW is None else (weight_BKGW[..., None, rows] @ p).squeeze(-2))
+        mass = p.sum(-2) if weight_BKGW is None else (weight_BKGW[..., None, rows] @ p).squeeze(-2)
+        mass_BKGS = mass_BKGS + torch.nn.functional.pad(mass, (0, keys - mass.shape[-1]))
     return mass_BKGS
 
 
-def _probabilities(logits: Tensor, lse: Tensor | None, hidden: Tensor | None) -> Tensor:
-    """exp(z - lse), 0 where hidden and in rows with lse = -inf; without an lse, the softmax. May overwrite the logits."""
+def _probabilities(logits: Tensor, lse: Tensor | None, first: int, hidden: Tensor | None) -> Tensor:
+    """exp(z - lse), 0 where hidden and in rows with lse = -inf; without an lse, the softmax.
+
+    ``hidden`` is about the keys from ``first`` on. The logits may be overwritten.
+    """
     # lse = -inf becomes +inf: exp(z - inf) is 0, and so is its gradient.
     p = logits.softmax(-1) if lse is None else logits.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)).exp_()
     if hidden is None:
         return p
     # What is hidden is 0 by now, except in a fully masked row (softmax: NaN) and in one whose lse is NaN.
-    return p.masked_fill(hidden, 0) if p.requires_grad else p.masked_fill_(hidden, 0)  # a backward reads p
+    if p.requires_grad:  # the backward reads p
+        return torch.cat([p[..., :first], p[..., first:].masked_fill(hidden, 0)], -1)
+    p[..., first:].masked_fill_(hidden, 0)
+    return p
 
 
 def _by_samples(q: Tensor, k: Tensor, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -257,12 +264,16 @@ def _logit_blocks(
     q_pos: Tensor | None,
     k_pos: Tensor | None,
     key_valid: Tensor | None,
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield blocks of query rows: (rows, logits [B, K, G, w, S], -inf where hidden, and hidden, which broadcasts to the
-    logits, or None for nothing)."""
+) -> Iterator[tuple[slice, Tensor, int, Tensor | None]]:
+    """Yield blocks of query rows: (rows, logits [B, K, G, w, s] of the first s keys, -inf where hidden, the first key
+    that may be hidden, and whether those from it on are: it broadcasts to their logits, or None for none).
+
+    Without explicit positions a causal block needs no key behind its last row, and no mask before its first.
+    """
     (batch, heads, width, dim), (_, kv_heads, keys, _) = q_BHWD.shape, k_BKSD.shape
     dtype = _score_dtype(q_BHWD)
     k_BKDS = k_BKSD.to(dtype).contiguous().transpose(-1, -2)  # contiguous: no bit may depend on the strides
+    aligned = causal and q_pos is None and k_pos is None
     if causal:
         q_pos = torch.arange(keys - width, keys, device=q_BHWD.device)[None] if q_pos is None else q_pos
         k_pos = torch.arange(keys, device=q_BHWD.device)[None] if k_pos is None else k_pos
@@ -274,17 +285,19 @@ def _logit_blocks(
         # The rows of the G heads of a group lie side by side, so that their one K needs no repeating.
         q_block = (q_BHWD[:, :, rows].to(dtype) * scale).contiguous()
         q_block = q_block.view(batch, kv_heads, heads // kv_heads * count, dim)
-        logits = (q_block @ k_BKDS).view(batch, kv_heads, heads // kv_heads, count, keys)
+        seen = min(keys, max(1, keys - width + rows.stop)) if aligned else keys
+        first = min(seen, max(0, keys - width + start + 1)) if aligned and key_valid is None else 0
+        logits = (q_block @ k_BKDS[..., :seen]).view(batch, kv_heads, heads // kv_heads, count, seen)
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
-        hidden = None if key_valid is None else ~key_valid[:, None]
+        hidden = None if key_valid is None else ~key_valid[:, None, :seen]
         if q_pos is not None and k_pos is not None:
-            later = k_pos[:, None] > q_pos[:, rows, None]
+            later = k_pos[:, None, first:seen] > q_pos[:, rows, None]
             hidden = later if hidden is None else later | hidden
         if hidden is not None:
             hidden = hidden[:, None, None]
-            logits.masked_fill_(hidden, -torch.inf)
-        yield rows, logits, hidden
+            logits[..., first:].masked_fill_(hidden, -torch.inf)
+        yield rows, logits, first, hidden
 
 
 def _block_bytes(q: Tensor) -> int:

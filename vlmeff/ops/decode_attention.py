@@ -6,7 +6,7 @@ precision, S = T + R, W bytes that hold the codes of a token, G groups, D head d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from vlmeff.ops.kv_codes import dequantize_keys, dequantize_values
 _OP = "quantized_decode_attention"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _BITS = (8, 4, 2)
+_CPU_BLOCK_ENTRIES = 2**19  # 2 MB in float32
 Group = int | tuple[int, ...]
 
 
@@ -75,7 +76,7 @@ def quantized_decode_attention(
 
     The storage is that of KIVI (arXiv 2402.02750), as ``kvcache.quantization`` makes it. Tolerance of the back ends:
     1e-4 relative to the reference in float32, the rounding of the output to the dtype of q apart. The reference
-    dequantizes keys and values one after the other, so it needs the memory of either in full precision.
+    dequantizes the keys, then the values, on a CPU a few heads at a time.
     """
     _check_query(q)
     _check_states("keys", keys, q)
@@ -126,26 +127,58 @@ def _reference(
     valid: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    (batch, heads, _, _), (_, kv_heads, tokens, _) = q.shape, keys[0].shape
-    wide, head_dim = torch.promote_types(q.dtype, torch.float32), values[3].shape[-1]
+    kv_heads, dim = keys[3].shape[1], max(keys[3].shape[3], values[3].shape[3])
+    entries = q.shape[0] * dim * (keys[0].shape[2] + keys[3].shape[2])
+    # On a CPU as many heads at a time as fit into its cache: new memory for all would cost more than the arithmetic.
+    step = max(1, _CPU_BLOCK_ENTRIES // max(1, entries)) if q.device.type == "cpu" else kv_heads
+    grouped = q.unflatten(1, (kv_heads, -1)).squeeze(3)
+    out = []
     with _autocast_off(q):
-        grouped = (q.to(wide) * scale).reshape(batch, kv_heads, heads // kv_heads, -1)
-        sizes = _sizes(key_group, tokens)
-        stored = dequantize_keys(*keys[:3], sizes=sizes, bits=key_bits, dtype=q.dtype)
-        # In two pieces: joining the logits copies less than joining the keys, and likewise below.
-        logits = torch.cat([grouped @ part.to(wide).mT for part in (stored, keys[3])], -1)
-        if softcap is not None:
-            logits = softcap * (logits / softcap).tanh()
-        if valid is None:
-            p = logits.softmax(-1)
-        else:
-            hidden = ~valid[:, None, None]
-            p = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-            p = p.masked_fill(hidden.all(-1, keepdim=True), 0)  # nothing to see: softmax gives NaN
-        border = values[0].shape[2]
-        stored = dequantize_values(*values[:3], head_dim=head_dim, bits=value_bits, dtype=q.dtype)
-        out = p[..., :border] @ stored.to(wide) + p[..., border:] @ values[3].to(wide)
-    return out.reshape(batch, heads, 1, head_dim).to(q.dtype)
+        for start in range(0, kv_heads, step):
+            part = slice(start, start + step)
+            out.append(
+                _attended(
+                    grouped[:, part],
+                    [t[:, part] for t in keys],
+                    [t[:, part] for t in values],
+                    bits=(key_bits, value_bits),
+                    key_sizes=_sizes(key_group, keys[0].shape[2]),
+                    scale=scale,
+                    valid=valid,
+                    softcap=softcap,
+                )
+            )
+    return torch.cat(out, 1).flatten(1, 2)[:, :, None]
+
+
+def _attended(
+    q_BKGD: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    *,
+    bits: tuple[int, int],
+    key_sizes: tuple[int, ...],
+    scale: float,
+    valid: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """[B, K, G, E]."""
+    dtype = q_BKGD.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    stored = dequantize_keys(*keys[:3], sizes=key_sizes, bits=bits[0], dtype=dtype)
+    # In two pieces: joining the logits copies less than joining the keys, and likewise below.
+    logits = torch.cat([(q_BKGD.to(wide) * scale) @ part.to(wide).mT for part in (stored, keys[3])], -1)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    if valid is None:
+        p = logits.softmax(-1)
+    else:
+        hidden = ~valid[:, None, None]
+        p = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        p = p.masked_fill(hidden.all(-1, keepdim=True), 0)  # nothing to see: softmax gives NaN
+    border = values[0].shape[2]
+    stored = dequantize_values(*values[:3], head_dim=values[3].shape[3], bits=bits[1], dtype=dtype)
+    return (p[..., :border] @ stored.to(wide) + p[..., border:] @ values[3].to(wide)).to(dtype)
 
 
 def _sizes(group: Group, tokens: int) -> tuple[int, ...]:
@@ -218,7 +251,9 @@ def _check_values_group(values: StoredStates) -> None:
         )
 
 
-def _check(named: tuple[str, Any], like: Tensor, shape: dict[str, int | None], dtypes: Sequence[torch.dtype]) -> None:
+def _check(
+    named: tuple[str, Any], like: Tensor, shape: Mapping[str, int | None], dtypes: Sequence[torch.dtype]
+) -> None:
     """Check the shape (None leaves a size open), the dtype and, against the tensor like, the device."""
     name, value = named
     if not isinstance(value, Tensor):

@@ -52,7 +52,10 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 def _gather_tokens_reference(*, x: Tensor, index: Tensor) -> Tensor:
     # Not torch.gather: on CPU that quietens signalling NaNs of 16-bit floats, knows no float8 and is ten times slower.
     if x.ndim == 2:
-        return x[index]
+        return x.index_select(0, index) if x.device.type == "cpu" else x[index]
+    if x.device.type == "cpu" and x.is_contiguous():  # rows of one list: several times as fast as two indices
+        starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+        return x.flatten(0, 1).index_select(0, (index + starts).flatten()).unflatten(0, index.shape)
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
@@ -146,6 +149,6 @@ def _may_read(index: Tensor) -> bool:
 def _check_range(index: Tensor, tokens: int, *, op: str = "gather_tokens") -> None:
     if index.numel() == 0:
         return
-    low, high = int(index.amin()), int(index.amax())
+    low, high = map(int, torch.aminmax(index))
     if low < 0 or high >= tokens:
         raise ValueError(f"{op}: index must lie in [0, {tokens}), got values from {low} to {high}")

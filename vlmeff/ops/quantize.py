@@ -44,8 +44,8 @@ def _int8_reference(*, x: Tensor, smooth: Tensor | None, bits: int, group: int) 
     largest = 2 ** (bits - 1) - 1
     x = _smoothed(x, smooth)
     scale = _scale_of(_largest(per_group(x.abs(), group)), largest)
-    codes = (x / spread(scale, group, x.shape[1])).round().clamp(-largest, largest)
-    return codes.nan_to_num(0.0).to(torch.int8), scale
+    codes = (x / spread(scale, group, x.shape[1])).round_().clamp_(-largest, largest)
+    return codes.nan_to_num_(0.0).to(torch.int8), scale
 
 
 @operator
@@ -65,7 +65,7 @@ def _fp8_reference(*, x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]
     x = _smoothed(x, smooth)
     scale = _scale_of(_largest(per_group(x.abs(), 0)), FP8_MAX)
     # The clamp is not for show: whether the cast saturates differs between versions of torch.
-    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return (x / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 @operator
@@ -100,10 +100,10 @@ def _uint_reference(
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     if clip is not None:
         lo, hi = lo * clip[0], hi * clip[1]
-    scale = ((hi - lo) / largest).clamp(min=SMALLEST_SCALE)
+    scale = _divided(hi - lo, largest).clamp(min=SMALLEST_SCALE)
     scale = torch.where(torch.isfinite(scale), scale, torch.nan)
     zero = (-lo / scale).round().clamp(0, largest).nan_to_num(0.0)
-    codes = ((x / scale).round() + zero).clamp(0, largest).nan_to_num(0.0).to(torch.uint8)
+    codes = (x / scale).round_().add_(zero).clamp_(0, largest).nan_to_num_(0.0).to(torch.uint8)
     return codes, scale, zero.to(torch.int32), codes.sum(-1, keepdim=True, dtype=torch.int32)
 
 
@@ -125,9 +125,14 @@ def _largest(values: Tensor) -> Tensor:
 
 
 def _scale_of(largest_value: Tensor, largest_code: float) -> Tensor:
-    scale = largest_value / largest_code
+    scale = _divided(largest_value, largest_code)
     scale = torch.where(scale == 0, 1.0, scale)
     return torch.where(torch.isfinite(scale), scale, torch.nan)
+
+
+def _divided(x: Tensor, number: float) -> Tensor:
+    """IEEE division: on CUDA torch multiplies by the reciprocal of a Python number, one bit less exact."""
+    return x / torch.full_like(x, number)
 
 
 def _smoothed(x: Tensor, smooth: Tensor | None) -> Tensor:

@@ -1,4 +1,7 @@
-"""The tab **Chat**: several turns and several pictures, with a preset from the side."""
+"""The tab **Chat**: several turns and several pictures, with a preset from the side.
+
+The conversation is kept on the server: a client can add to its own, but hand in no past that never was.
+"""
 
 from __future__ import annotations
 
@@ -8,117 +11,138 @@ from typing import Any
 import gradio as gr
 
 from vlmeff.demo import look
+from vlmeff.demo.chat import Message, check_length, turns_of
 from vlmeff.demo.compare import MIB
-from vlmeff.demo.engine import Choice, Done, Note, Turn, assistant_turn, user_turn
+from vlmeff.demo.engine import Choice, Done, Note
+from vlmeff.demo.samples import EXAMPLES, Example
 from vlmeff.demo.site import QUEUE, Site, shown
 
 TAB = "chat"
 BASELINE = "baseline"
+STARTERS = [example for example in EXAMPLES if example.file != "easy-vqa-2.png"][:4]
+PLACEHOLDER = "Add pictures, ask a question, press Enter."
 
 
 def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     """Make the tab's components and events; returns the dropdown of presets, which follows the model."""
+    past = gr.State([])  # of Message
+    presets = site.presets()
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=320):
             chat = gr.Chatbot(
                 label="Conversation", height=460, allow_tags=False, sanitize_html=True, render_markdown=False,
-                buttons=["copy"], elem_id="chat-log",
+                reasoning_tags=[], buttons=["copy"], elem_id="chat-log",
             )  # fmt: skip
             box = gr.MultimodalTextbox(
                 file_types=["image"], file_count="multiple", show_label=False, label="Message", submit_btn=True,
-                placeholder="Add pictures, ask a question, press Enter.",
-                elem_id="chat-box",
+                placeholder=PLACEHOLDER, max_lines=6, elem_id="chat-box",
+            )  # fmt: skip
+            gr.Examples(
+                [[_message(example)] for example in STARTERS], inputs=[box], label="Examples: click, then press Enter",
             )  # fmt: skip
         with gr.Column(scale=1, min_width=240):
-            preset = gr.Dropdown([BASELINE, *site.presets()], value="fast", label="Preset", elem_id="chat-preset")
-            longest = gr.Slider(1, site.limits.max_new_tokens, value=64, step=1, label="Longest answer, tokens")
+            preset = gr.Dropdown(
+                [BASELINE, *presets], value="fast" if "fast" in presets else BASELINE, label="Preset",
+                info="Of the next answer; the pictures of earlier turns count too.", elem_id="chat-preset",
+            )  # fmt: skip
+            longest = gr.Slider(
+                1, site.limits.max_new_tokens, value=64, step=1, label="Longest answer, tokens", elem_id="chat-longest"
+            )
+            with gr.Row():
+                stop = gr.Button("Stop", min_width=80, elem_id="chat-stop")
+                clear = gr.Button("New conversation", min_width=140, elem_id="chat-clear")
             status = gr.HTML(look.status(""), elem_id="chat-status")
-            cost = gr.HTML("", elem_id="chat-cost", min_height=150)
-            stop = gr.Button("Stop", elem_id="chat-stop")
-            clear = gr.Button("New conversation", elem_id="chat-clear")
+            cost = gr.HTML(_cost(None), elem_id="chat-cost")
 
     @shown
     def reply(
-        model_name: str, message: dict[str, Any], history: list[dict[str, Any]], name: str, tokens: float,
+        model_name: str, message: dict[str, Any], messages: list[Message], name: str, tokens: float,
         request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
         text = site.limits.question(message.get("text"))
-        new = [str(file) for file in message.get("files") or ()]
-        turns = [*_turns(site, history), user_turn(text, site.pictures(new))]
-        known = sum(part["type"] == "image" for turn in turns for part in turn["content"])
-        site.limits.check_count(known)
+        files = tuple(str(file) for file in message.get("files") or ())
+        messages = [*messages, Message("user", text, files)]
+        check_length(messages, site.limits)
+        turns = turns_of(messages, site.picture)
         flag = site.begin(request.session_hash, TAB)
-        said = [*({"role": "user", "content": {"path": path}} for path in new), {"role": "user", "content": text}]
-        log = [*history, *said]
-        yield log, gr.MultimodalTextbox(value=None, interactive=False), look.status("starting"), gr.skip()
+        locked = gr.MultimodalTextbox(value=None, interactive=False)
+        yield messages, _log(messages), locked, look.status("starting"), gr.skip()
         choice = Choice() if name == BASELINE else Choice(preset=name)
-        answer = ""
         for news in site.engine.answer(turns, choice, model=model_name, max_new_tokens=int(tokens), stop=flag):
             if isinstance(news, Note):
-                yield gr.skip(), gr.skip(), look.status(news.text), gr.skip()
+                yield gr.skip(), gr.skip(), gr.skip(), look.status(news.text), gr.skip()
                 continue
-            answer = news.text
-            shown_log = [*log, {"role": "assistant", "content": answer}]
+            # An answer that was stopped before its first word leaves no empty bubble.
+            so_far = [*messages, Message("assistant", news.text)] if news.text or not flag.asked else messages
             figures = _cost(news) if isinstance(news, Done) else gr.skip()
-            yield shown_log, gr.skip(), look.status("answering"), figures
+            yield so_far, _log(so_far), gr.skip(), look.status("answering"), figures
         end = "stopped" if flag.asked else ""
-        yield gr.skip(), gr.MultimodalTextbox(interactive=True), look.status(end), gr.skip()
+        yield gr.skip(), gr.skip(), gr.MultimodalTextbox(interactive=True), look.status(end), gr.skip()
 
     def halt(request: gr.Request) -> tuple[Any, str]:
         site.stop(request.session_hash, TAB)
         return gr.MultimodalTextbox(interactive=True), look.status("stopped")
 
+    def forget(request: gr.Request) -> tuple[Any, ...]:
+        site.stop(request.session_hash, TAB)
+        return [], [], gr.MultimodalTextbox(value=None, interactive=True), look.status(""), _cost(None)
+
+    def unlock() -> tuple[Any, str]:
+        return gr.MultimodalTextbox(interactive=True), look.status("")
+
     event = box.submit(
-        reply, [model, box, chat, preset, longest], [chat, box, status, cost],
+        reply, [model, box, past, preset, longest], [past, chat, box, status, cost],
         api_name="chat", concurrency_id=QUEUE, concurrency_limit=1, show_progress="hidden",
     )  # fmt: skip
     # Where an answer fails the box must not stay locked.
-    event.failure(lambda: gr.MultimodalTextbox(interactive=True), None, [box], api_visibility="private", queue=False)
-    stop.click(halt, None, [box, status], api_name="stop_chat", queue=False, cancels=[event])
-    clear.click(
-        lambda: ([], gr.MultimodalTextbox(value=None, interactive=True), look.status(""), ""), None,
-        [chat, box, status, cost], api_visibility="private", queue=False, cancels=[event],
+    event.failure(unlock, None, [box, status], api_visibility="private", queue=False, show_progress="hidden")
+    stop.click(
+        halt, None, [box, status], api_name="stop_chat", queue=False, cancels=[event], show_progress="hidden"
+    )  # fmt: skip
+    # The button of the log itself and ours do the same.
+    gr.on(
+        [clear.click, chat.clear], forget, None, [past, chat, box, status, cost],
+        api_name="new_chat", queue=False, cancels=[event], show_progress="hidden",
     )  # fmt: skip
     return preset
 
 
-def _turns(site: Site, history: Sequence[dict[str, Any]]) -> list[Turn]:
-    """The conversation as the model takes it: pictures join the question that follows them."""
-    turns: list[Turn] = []
-    pictures: list[str] = []
-    for message in history:
-        for part in _parts(message["content"]):
-            if isinstance(part, dict):
-                pictures.append(part["path"])
-            elif message["role"] == "user":
-                turns.append(user_turn(part, site.pictures(pictures)))
-                pictures = []
-            else:
-                turns.append(assistant_turn(part))
-    return turns
+def _message(example: Example) -> dict[str, Any]:
+    return {"text": example.question, "files": [example.path]}
 
 
-def _parts(content: Any) -> list[str | dict[str, str]]:
-    """Texts, and {"path": ...} of files, in the forms in which Gradio hands back a message."""
-    if isinstance(content, str):
-        return [content]
-    if isinstance(content, list | tuple):
-        return [part for item in content for part in _parts(item)]
-    if isinstance(content, dict):
-        if content.get("type") == "text":
-            return [content["text"]]
-        file = content.get("file", content)
-        return [{"path": file["path"]}]
-    return [{"path": content.path}]  # FileData
+def _log(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The conversation as Gradio shows it: pictures and texts as messages of their own."""
+    log: list[dict[str, Any]] = []
+    for message in messages:
+        for path in message.pictures:
+            log.append({"role": message.role, "content": {"path": path, "alt_text": "a picture that was sent"}})
+        log.append({"role": message.role, "content": message.text})
+    return log
 
 
-def _cost(done: Done) -> str:
-    r = done.report
-    lines = [
-        ("visual tokens", f"{r.visual_tokens_before} to {r.visual_tokens_after}"),
-        ("prompt tokens", f"{r.prompt_tokens_before} to {r.prompt_tokens_after}"),
-        ("KV cache, MiB", "-" if r.kv_bytes is None else f"{r.kv_bytes / MIB:.3g}"),
-        ("first token, ms", "-" if r.prefill_ms is None else f"{r.prefill_ms:.1f}"),
-        ("total, ms", "-" if r.total_ms is None else f"{r.total_ms:.1f}"),
-    ]
+def _cost(done: Done | None) -> str:
+    """The figures of an answer; dashes where there is none, so that the table is there from the start."""
+    lines = [("visual tokens", "-"), ("prompt tokens", "-"), ("KV cache, MiB", "-"), ("time to first token, ms", "-")]
+    lines += [("total time, ms", "-"), ("tokens per second", "-"), ("new tokens", "-")]
+    if done is not None and done.report.total_ms is not None:
+        r = done.report
+        values = [
+            _change(r.visual_tokens_before, r.visual_tokens_after),
+            _change(r.prompt_tokens_before, r.prompt_tokens_after),
+            _figure(None if r.kv_bytes is None else r.kv_bytes / MIB, "{:.3g}"),
+            _figure(r.prefill_ms, "{:.1f}"),
+            _figure(r.total_ms, "{:.1f}"),
+            _figure(done.tokens_per_second, "{:.1f}"),
+            _figure(r.new_tokens, "{:.0f}"),
+        ]
+        lines = [(name, value) for (name, _), value in zip(lines, values, strict=True)]
     return look.table(["last answer", ""], lines)
+
+
+def _change(before: int, after: int) -> str:
+    return str(after) if after == before else f"{after} of {before}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
