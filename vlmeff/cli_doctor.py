@@ -57,7 +57,7 @@ def _show(found: Diagnosis) -> None:
 
     ops = Table(title=f"operations, a typical call on {found.ops_on}", title_justify="left", show_edge=False)
     for column in ("op", "back ends", "runs on", "why"):
-        ops.add_column(column, overflow="fold")
+        ops.add_column(column, overflow="fold", no_wrap=column == "op")
     for choice in found.ops:
         # Where all were passed over for one reason, that is the reason already given.
         others = {name: why for name, why in choice.passed_over.items() if why != choice.why}

@@ -52,7 +52,7 @@ def _device(arguments: dict[str, Any]) -> torch.device:
 
 def _tensors(values: list[Any]) -> list[Tensor]:
     """Tensors among the values, those in lists included."""
-    found = []
+    found: list[Tensor] = []
     for value in values:
         found += _tensors(list(value)) if isinstance(value, list | tuple) else [value] * isinstance(value, Tensor)
     return found

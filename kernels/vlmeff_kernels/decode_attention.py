@@ -43,7 +43,7 @@ INTERPRETED_TILE = (32, 4, 1)
 
 @triton.jit
 def as_float(code):
-    """Exact float32 of int32 codes below 256, from the bits of 2^23 + code: conversions run at a quarter of the rate."""
+    """Exact float32 of int32 codes below 256, from the bits of 2^23 + code: a conversion has a quarter of the rate."""
     return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
@@ -226,7 +226,7 @@ def combine_splits(
         sums = sums * shrink + tl.sum(parts * weight, 0)
         values = values * shrink + tl.sum(tile * weight[:, None], 0)
         top = higher
-    result = tl.where(sums == 0, 0.0, values / sums)
+    result = values / tl.where(sums == 0, 1.0, sums)  # nothing to see: 0 / 1
     tl.store(out + row * value_dim + e, rounded(result, out.dtype.element_ty, UPCAST), mask=e < value_dim)
 
 

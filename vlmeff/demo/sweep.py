@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -87,7 +87,7 @@ def _run(
     share: float,
     longest: int,
     stop: Stop,
-) -> Iterator[Sweep]:
+) -> Generator[Sweep, None, Done]:
     """Yields what is going on; returns the Done."""
     at = f"{len(now.points) + 1} of {now.total}: {share:.0%} of the visual tokens"
     yield replace(now, status=at)

@@ -158,7 +158,7 @@ def _check_input(op: str, x: Tensor, dims: tuple[int, ...], shape: str) -> None:
 
 def _check_modulation(op: str, name: str, factor: Tensor, x: Tensor) -> None:
     k = x.shape[-1]
-    legal = {(k,)}
+    legal: set[tuple[int, ...]] = {(k,)}
     if x.ndim == 3:
         batch, tokens = x.shape[:2]
         legal |= {(batch, k), (batch, 1, k), (1, 1, k), (batch, tokens, k)}
