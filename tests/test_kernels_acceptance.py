@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+from vlmeff import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 MASS = "attention_column_mass"
+OPERATIONS = set(ops.__all__) - {"backend", "counters", "explain", "StoredStates"}
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +190,30 @@ def test_goals(scripts: SimpleNamespace) -> None:
     assert "| of the copy bandwidth | `gather_kv` | a case | cuda | 0.79 | 0.8 | missed |" in text
     assert not scripts.kernels_accept.goals(found(row(MASS, bound="exp", sizes={"keys": 5, "lse_given": False},
                                                       triton=("backend", 1.0, "all", True))))  # fmt: skip
+
+
+# ---- what is committed
+
+
+def test_what_is_accepted_names_ops_and_back_ends_that_exist() -> None:
+    import vlmeff_kernels
+
+    path = ROOT / "kernels" / "vlmeff_kernels" / "accepted.json"
+    for entry in json.loads(path.read_text())["accepted"]:
+        assert entry["backend"] in vlmeff_kernels.OPS[entry["op"]]
+        assert entry["commit"]
+        assert entry["cases"]
+
+
+def test_the_page_names_every_op_its_back_ends_and_whether_it_was_measured() -> None:
+    import vlmeff_kernels
+
+    entries = json.loads((ROOT / "kernels" / "vlmeff_kernels" / "accepted.json").read_text())["accepted"]
+    table = (ROOT / "docs" / "kernels.md").read_text().split("<!-- kernel table -->\n")[1].split("\n\n")[0]
+    rows = {cells[1].strip(" `"): cells for cells in (line.split("|") for line in table.splitlines()[2:])}
+    assert set(rows) == OPERATIONS
+    for op, (_, _, _, back_ends, measured, _) in rows.items():
+        there = vlmeff_kernels.OPS.get(op, {})
+        assert back_ends.strip() == (", ".join(there) or "-"), op
+        if set(there) - {"torch"} and not [entry for entry in entries if entry["op"] == op]:
+            assert measured.strip() == "not yet measured", op

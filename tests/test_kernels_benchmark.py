@@ -324,6 +324,13 @@ def test_the_script_does_not_stand_in_the_way_of_the_package_of_its_name(tmp_pat
     assert done.stdout.splitlines() == (["7 False", "False"] if package else ["None True", "False"])
 
 
+def test_calls_are_repeated_until_a_coarse_clock_moves(scripts: SimpleNamespace) -> None:
+    made: list[int] = []
+    count = scripts.kernels_timing.enough(made.append, clock=lambda: sum(made) * 80e-6 // 0.01 * 0.01)
+    assert made == [2**i for i in range(len(made))]
+    assert count == made[-1] == 1024  # of 80 us each; in steps of 10 ms, 512 of them show as 40
+
+
 def test_inputs_of_a_graph_do_not_fit_into_a_cache(scripts: SimpleNamespace) -> None:
     timing = scripts.kernels_timing
     arguments = {"keys": [torch.zeros(1000, 1000)], "scale": 2.0, "states": (torch.ones(5), 3)}
@@ -380,30 +387,6 @@ def test_the_committed_result_is_complete_and_its_tables_are_its_own(scripts: Si
     for text in (RESULT.read_text(), TABLES.read_text()):
         assert "/tmp" not in text
         assert str(ROOT) not in text
-
-
-def test_what_is_accepted_names_ops_and_back_ends_that_exist() -> None:
-    import vlmeff_kernels
-
-    path = ROOT / "kernels" / "vlmeff_kernels" / "accepted.json"
-    for entry in json.loads(path.read_text())["accepted"]:
-        assert entry["backend"] in vlmeff_kernels.OPS[entry["op"]]
-        assert entry["commit"]
-        assert entry["cases"]
-
-
-def test_the_page_names_every_op_its_back_ends_and_whether_it_was_measured() -> None:
-    import vlmeff_kernels
-
-    entries = json.loads((ROOT / "kernels" / "vlmeff_kernels" / "accepted.json").read_text())["accepted"]
-    table = (ROOT / "docs" / "kernels.md").read_text().split("<!-- kernel table -->\n")[1].split("\n\n")[0]
-    rows = {cells[1].strip(" `"): cells for cells in (line.split("|") for line in table.splitlines()[2:])}
-    assert set(rows) == OPERATIONS
-    for op, (_, _, _, back_ends, measured, _) in rows.items():
-        there = vlmeff_kernels.OPS.get(op, {})
-        assert back_ends.strip() == (", ".join(there) or "-"), op
-        if set(there) - {"torch"} and not [entry for entry in entries if entry["op"] == op]:
-            assert measured.strip() == "not yet measured", op
 
 
 def test_a_result_survives_its_file(scripts: SimpleNamespace, run_as_if_on_a_gpu: Any) -> None:
