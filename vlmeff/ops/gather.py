@@ -141,9 +141,11 @@ def _check_layer(keys: Tensor, values: Tensor, index: Tensor) -> None:
 
 def _may_read(index: Tensor) -> bool:
     """Whether the values may be looked at: at no cost on CPU, on request elsewhere, never while a graph is traced."""
-    if torch.compiler.is_compiling() or type(index) is not Tensor:  # a fake tensor has no values
+    if torch.compiler.is_compiling():
         return False
-    return index.device.type == "cpu" or os.environ.get("VLMEFF_DEBUG") == "1"
+    if index.device.type == "cpu":
+        return type(index) is Tensor  # a fake tensor has no values
+    return os.environ.get("VLMEFF_DEBUG") == "1"
 
 
 def _check_range(index: Tensor, tokens: int, *, op: str = "gather_tokens") -> None:
