@@ -37,7 +37,7 @@ def answer(**options: object) -> tuple[str, torch.Tensor]:
     return text.strip(), torch.stack(out.logits)
 
 
-# Any LLaVA, Qwen2.5-VL, ... of transformers would do; this one has 2 M parameters and knows coloured shapes.
+# Any LLaVA, Qwen2.5-VL, ... of transformers would do; this one has 1.8 M parameters and knows coloured shapes.
 model, processor = vlmeff.load("tiny-llava")
 content = [{"type": "image", "image": Image.open(PICTURE).convert("RGB")}, {"type": "text", "text": QUESTION}]
 inputs = processor.apply_chat_template(
