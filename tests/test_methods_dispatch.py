@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "adaptinfer": (
         {"tokens": vlmeff.AdaptInfer(schedule=SCHEDULE)},
-        {"text_to_vision_scores", "row_logsumexp", "attention_column_mass", "top_indices", "gather_tokens"},
+        {"text_to_vision_scores", "top_indices", "gather_tokens"},
     ),
     "fourier": ({"tokens": vlmeff.Fourier(ratio=0.5)}, {"dct_resample"}),
     "prefixkv": (

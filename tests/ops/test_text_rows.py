@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmeff import ops
+from vlmeff.errors import BackendUnavailableError
 from vlmeff.ops import attention, text_to_vision_scores
 
 # Relative to the largest score; products of half inputs are exact in float32.
@@ -129,12 +130,28 @@ def test_text_that_stands_before_a_visual_token_gives_it_nothing():
     assert bool((got[0, :2] > 0).all())
 
 
-def test_the_work_is_done_by_ops_that_have_kernels():
+def test_what_is_too_long_for_one_pass_is_done_by_ops_that_have_kernels(monkeypatch):
     q, k = sample(6)
     text, vision = torch.tensor([TEXT] * 2), torch.tensor([VISION] * 2)
-    with ops.counters() as ran:
+    voting = torch.tensor([[True] * len(TEXT), [True] * (len(TEXT) - 1) + [False]])
+    key_valid = torch.ones(2, k.shape[2], dtype=torch.bool)
+    key_valid[1, :2] = False
+    for softcap in (None, 3.0):
+        call = {"text": text, "vision": vision, "scale": 0.7, "softcap": softcap}
+        call |= {"text_valid": voting, "key_valid": key_valid}
+        at_once = text_to_vision_scores(rows(q, text), k, **call)
+        with monkeypatch.context() as small, ops.counters() as ran:
+            small.setattr("vlmeff.ops.text_rows._AT_ONCE_BYTES", 0)
+            in_passes = text_to_vision_scores(rows(q, text), k, **call)
+        assert ran["row_logsumexp", "reference"] == ran["attention_column_mass", "reference"] == 2
+        torch.testing.assert_close(in_passes, at_once, rtol=1e-5, atol=1e-6)
+
+
+def test_a_choice_of_kernels_is_not_lost_on_the_short_way():
+    q, k = sample(6)
+    text, vision = torch.tensor([TEXT] * 2), torch.tensor([VISION] * 2)
+    with ops.backend(row_logsumexp="cuda"), pytest.raises(BackendUnavailableError):
         text_to_vision_scores(rows(q, text), k, text=text, vision=vision, scale=0.7)
-    assert ran["row_logsumexp", "reference"] == ran["attention_column_mass", "reference"] == 2
 
 
 @pytest.mark.parametrize(

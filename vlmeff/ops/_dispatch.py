@@ -20,7 +20,7 @@ import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -162,11 +162,12 @@ def _choose(op: str, arguments: Mapping[str, Any]) -> tuple[Explanation, BackEnd
     if asked not in (AUTO, EVERY_KERNEL):
         return Explanation(op, asked, f"asked for in {asked_in}", {}), _explicit(op, asked, arguments)
 
-    if _wants_grad(arguments):
+    tensors = _tensors(arguments)
+    if _wants_grad(tensors):
         why = "an input requires grad, and only the reference has a backward"
         return Explanation(op, REFERENCE, why, dict.fromkeys(ACCELERATED, why)), None
-    elsewhere = sorted({t.device.type for t in _tensors(arguments)} - {"cuda"})
-    if elsewhere:
+    if not all(tensor.is_cuda for tensor in tensors):
+        elsewhere = sorted({tensor.device.type for tensor in tensors} - {"cuda"})
         why = f"the tensors are on {', '.join(elsewhere)}"
         return Explanation(op, REFERENCE, why, dict.fromkeys(ACCELERATED, why)), None
 
@@ -189,7 +190,7 @@ def _explicit(op: str, name: str, arguments: Mapping[str, Any]) -> BackEnd:
     implementations, missing = _accelerated(op)
     if name not in implementations:
         raise BackendUnavailableError(op, name, missing)
-    if _wants_grad(arguments):
+    if _wants_grad(_tensors(arguments)):
         raise BackendUnavailableError(
             op, name, 'it has no backward and an input requires grad; use torch.no_grad() or backend("reference")'
         )
@@ -213,11 +214,18 @@ def _accelerated(op: str) -> tuple[Mapping[str, BackEnd], str]:
     return found, "vlmeff_kernels has no such implementation of this op"
 
 
+def is_chosen(*ops: str) -> bool:
+    """Whether someone has named an accelerated back end for one of these ops."""
+    return any(_asked_for(op)[0] in ACCELERATED for op in ops)
+
+
 def _asked_for(op: str) -> tuple[str, str, bool]:
     """Return the back end asked for, or "auto"; where it was asked for; and whether for this op and not for all."""
-    text = os.environ.get(ENVIRONMENT_VARIABLE)
+    chosen, text = _asked.get(), os.environ.get(ENVIRONMENT_VARIABLE)
+    if not chosen and not text:
+        return AUTO, "the default", False
     environment = _parse_environment(text) if text else {}
-    for choices, where in ((_asked.get(), "vlmeff.ops.backend"), (environment, ENVIRONMENT_VARIABLE)):
+    for choices, where in ((chosen, "vlmeff.ops.backend"), (environment, ENVIRONMENT_VARIABLE)):
         for key in (op, EVERY_OP):
             if key in choices:
                 return choices[key], where, key == op
@@ -251,16 +259,19 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _wants_grad(arguments: Mapping[str, Any]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(arguments))
+def _wants_grad(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _tensors(arguments: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Yield the tensors among the arguments, those in lists included."""
+def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments, those in lists included."""
+    found = []
     for value in arguments.values():
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, Tensor):
-                yield item
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
 
 
 def _unit_stride(op: str, name: str, value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmeff.ops._dispatch import dispatch, operator
+from vlmeff.ops._dispatch import dispatch, is_chosen, operator
 from vlmeff.ops.attention import (
     _INTEGERS,
     _check_queries_and_keys,
@@ -19,6 +19,8 @@ from vlmeff.ops.attention import (
     attention_column_mass,
     row_logsumexp,
 )
+
+_AT_ONCE_BYTES = 32 * 2**20  # of the attention rows of a text that is done in one pass
 
 
 @operator
@@ -60,7 +62,8 @@ def text_to_vision_scores(
 
     Four passes over blocks of text rows, so nothing of size Hq x L x L or Hq x T x L is held: the normalisers over all
     keys, row and column sums over the text's keys, and the weighted column mass of the visual keys. Each is an op of
-    its own with its own kernels; this one only combines them, so its choice of back end is theirs.
+    its own with its own kernels; this one only combines them, so its choice of back end is theirs. On a CPU, where all
+    four would run on their references, a short text is done in one pass that holds its rows [B, Hq, T, L].
 
     Source: arXiv 2508.06084, official code; differs in working from q and k instead of an attention map, and in
     float32.
@@ -103,6 +106,9 @@ def _reference(
     votes = torch.ones_like(text, dtype=torch.bool) if text_valid is None else text_valid
     if key_valid is not None:
         votes = votes & key_valid.gather(1, text)
+    held = len(q) * q.shape[1] * q.shape[2] * k.shape[2] * 4
+    if held <= _AT_ONCE_BYTES and q.device.type == "cpu" and not is_chosen("row_logsumexp", "attention_column_mass"):
+        return _at_once(q, k, text, vision, votes, scale=scale, key_valid=key_valid, softcap=softcap)
     among_text: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "causal": True, "q_pos": text, "k_pos": text, "key_valid": votes,
     }  # fmt: skip
@@ -124,6 +130,37 @@ def _reference(
         key_valid=seen,
     )  # fmt: skip
     return per_head.sum(1)
+
+
+def _at_once(
+    q: Tensor,
+    k: Tensor,
+    text: Tensor,
+    vision: Tensor,
+    votes: Tensor,
+    *,
+    scale: float,
+    key_valid: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """The formula as it stands in the docstring, with the rows A [B, Hk, G, T, L] written out."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = (q.to(dtype) * scale).reshape(len(q), k.shape[1], -1, q.shape[3])
+    logits = (grouped @ k.to(dtype).transpose(2, 3)).view(len(q), k.shape[1], -1, q.shape[2], k.shape[2])
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    allowed = torch.arange(k.shape[2], device=k.device) <= text[:, :, None]
+    if key_valid is not None:
+        allowed = allowed & key_valid[:, None]
+    attention = logits.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1)
+    attention = attention.masked_fill(~votes[:, None, None, :, None], 0)  # a row without a key is NaN
+
+    def columns(index: Tensor) -> Tensor:
+        return attention.gather(4, index[:, None, None, None].expand(*attention.shape[:4], -1))
+
+    among_text = columns(text).masked_fill(~votes[:, None, None, None], 0)
+    weight = among_text.sum(4) + among_text.sum(3) - among_text.diagonal(dim1=3, dim2=4)
+    return (weight[..., None, :] @ columns(vision)).sum((1, 2, 3))
 
 
 def _columns(k: Tensor, index: Tensor) -> Tensor:
