@@ -63,17 +63,18 @@ def attend(
         raise _not_handed_on()
     if _is_plain(kernel, args, kwargs) and query.shape[2] == 1 and query.dtype == lent.keys.dtype:
         known, valid = _visible(attention_mask, len(query), lent.packed_keys.length + lent.keys.shape[2])
-        if known:
-            scale = kwargs.get("scaling")
-            out = ops.quantized_decode_attention(
-                query,
-                lent.packed_keys.stored(lent.keys),
-                lent.packed_values.stored(lent.values),
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                valid=valid,
-                softcap=kwargs.get("softcap"),
-            )
-            return out.transpose(1, 2).contiguous(), None
+        scale = kwargs.get("scaling")
+        call: dict[str, Any] = {
+            "q": query,
+            "keys": lent.packed_keys.stored(lent.keys),
+            "values": lent.packed_values.stored(lent.values),
+            "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+            "valid": valid,
+            "softcap": kwargs.get("softcap"),
+        }
+        # On a GPU the reference, in float32, is no match for a fused kernel over columns in full precision.
+        if known and (not query.is_cuda or ops.explain("quantized_decode_attention", **call).backend != "reference"):
+            return ops.quantized_decode_attention(**call).transpose(1, 2).contiguous(), None
     return kernel(query, *lent.whole(), attention_mask, *args, **kwargs)
 
 

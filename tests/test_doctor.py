@@ -246,3 +246,16 @@ def test_an_installed_copy_reads_the_same_requirements_from_its_metadata(monkeyp
 def test_programs_are_asked_for_their_version(code: str, expected: str | None) -> None:
     assert doctor._said([sys.executable, "-c", code], r"release [\d.]+, V([\d.]+)") == expected
     assert doctor._said(["a-program-that-is-not-there"], "(.)") is None
+
+
+def test_a_gpu_that_does_not_answer_is_a_problem_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def dead(index: int) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", dead)
+    found = doctor.diagnose()
+    assert any("device-side assert" in problem.what and "more" not in problem.what for problem in found.problems)
+    assert {choice.op for choice in found.ops} == set(OPERATORS)

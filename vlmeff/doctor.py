@@ -231,13 +231,19 @@ def _torch(problems: list[Problem], notes: list[str]) -> tuple[str | None, tuple
         return "", ()
     with warnings.catch_warnings(record=True) as said:  # that the driver is too old, for example
         warnings.simplefilter("always")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        try:
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            about = [torch.cuda.get_device_properties(index) for index in range(count)]
+        except RuntimeError as error:  # a GPU that is dead, in use exclusively, or of a driver that does not answer
+            problems.append(Problem(f"the GPU cannot be used: {_first_line(error)}", "look at what nvidia-smi says"))
+            about = []
     notes += [str(warning.message).strip().splitlines()[0] for warning in said]
-    devices = []
-    for index in range(count):
-        about = torch.cuda.get_device_properties(index)
-        devices.append(Device(about.name, f"{about.major}.{about.minor}", round(about.total_memory / 2**30, 1)))
-    return torch.version.cuda, tuple(devices)
+    found = [Device(a.name, f"{a.major}.{a.minor}", round(a.total_memory / 2**30, 1)) for a in about]
+    return torch.version.cuda, tuple(found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _torchvision(problems: list[Problem]) -> bool | None:
@@ -311,7 +317,11 @@ def _choices(device: str, problems: list[Problem], notes: list[str]) -> tuple[Op
         from vlmeff_kernels import OPS
     except ImportError:  # told by _kernels
         OPS = {}
-    calls = sample_calls(device)
+    try:
+        calls = sample_calls(device)
+    except RuntimeError as error:  # it is there, and has no memory or is no more
+        problems.append(Problem(f"{device}: {_first_line(error)}", "look at what nvidia-smi says"))
+        calls = sample_calls("cpu")
     choices = []
     for op in sorted(_operators):
         back_ends = tuple(OPS.get(op, {}))

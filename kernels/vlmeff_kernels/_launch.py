@@ -32,6 +32,16 @@ LEAST_CAPABILITY = (8, 0)
 
 Capability = tuple[int, int]
 
+# KiB of shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities). Tables of tiles are
+# keyed by it: capability alone would give an sm_120 with 99 KiB the tiles of an sm_90 with 227.
+LARGE, MEDIUM, SMALL = 227, 163, 99
+SHARED_MEMORY: dict[Capability, int] = {
+    (8, 0): MEDIUM, (8, 6): SMALL, (8, 7): MEDIUM, (8, 9): SMALL,
+    (9, 0): LARGE, (10, 0): LARGE, (10, 1): LARGE, (10, 3): LARGE, (11, 0): LARGE,
+    (12, 0): SMALL, (12, 1): SMALL,
+}  # fmt: skip
+MOST_BLOCKS = 65535  # of a grid along any axis but the first, which takes 2^31 - 1
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -87,6 +97,16 @@ def capability_of(device: torch.device) -> Capability:
 @torch.compiler.assume_constant_result
 def _capability(device_type: str, index: int | None) -> Capability:
     return torch.cuda.get_device_capability(index) if device_type == "cuda" else INTERPRETED_CAPABILITY
+
+
+def shared_memory(device: torch.device) -> int:
+    """KiB of shared memory that a block may have there; the least of all where the capability is not known."""
+    return SHARED_MEMORY.get(capability_of(device), SMALL)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether tensor instructions read shared memory and take 64 rows at least, which asks for other tiles."""
+    return shared_memory(device) == LARGE
 
 
 def refusal(device: torch.device, least: Capability = LEAST_CAPABILITY) -> str | None:

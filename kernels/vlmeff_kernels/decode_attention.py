@@ -140,12 +140,18 @@ def attended(q, k, v, seen, highest, total, acc, factor, cap, DTYPE: tl.constexp
     return higher, total, acc
 
 
-@triton.jit
+# These differ from step to step. Triton compiles anew for a size that is 1 or a multiple of 16 unless told not to; the
+# widths of rows, which wide loads depend on, stay as they are.
+VARYING = ("columns", "key_length", "value_length", "key_groups", "packed_columns", "per_split", "per_tail",
+           "splits", "packed_splits", "valid_b")  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
 def decode_split(
     q, key_codes, key_scale, key_zero, key_rest, value_codes, value_scale, value_zero, value_rest, valid,
     highest_out, total_out, acc_out,
     heads, group, dim, value_dim, columns, key_length, value_length, key_groups, value_groups, key_width, value_width,
-    packed_splits, packed_columns, per_split, per_tail,
+    splits, packed_splits, packed_columns, per_split, per_tail,
     q_b, q_h, kr_b, kr_h, kr_t, vr_b, vr_h, vr_t, valid_b,
     factor, cap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -153,7 +159,7 @@ def decode_split(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
-    split, splits, state = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    split, state = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
     batch, head = state // heads, state % heads
     row, d, e = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, E)
     asked = (row < group)[:, None] & (d < dim)[None]
@@ -206,7 +212,7 @@ def decode_split(
     tl.store(acc_out + place[:, None] * value_dim + e[None], acc, mask=real[:, None] & (e < value_dim)[None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_splits(
     highest, total, acc, out, splits, value_dim,
     CHUNK: tl.constexpr, E: tl.constexpr, UPCAST: tl.constexpr,
@@ -255,12 +261,12 @@ def _decode(
     factor, cap = scales(scale, softcap)
     wide = _power_of_2(value_dim)
     _launch.launch(
-        decode_split, (splits, batch * heads),
+        decode_split, (splits * batch * heads,),
         q, *packed[:3], key_rest, *packed[3:], value_rest, None if valid is None else valid.view(torch.uint8),
         highest, total, acc,
         heads, heads_q // heads, dim, value_dim, columns, key_length, value_length,
         key_scale.shape[2], value_scale.shape[3], key_width, value_width,
-        packed_splits, packed_columns, per_split, per_tail,
+        splits, packed_splits, packed_columns, per_split, per_tail,
         q.stride(0), q.stride(1), *key_rest.stride()[:3], *value_rest.stride()[:3],
         0 if valid is None else valid.stride(0),
         factor, cap,

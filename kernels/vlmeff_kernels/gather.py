@@ -23,18 +23,19 @@ COLUMNS, ELEMENTS = 1024, 4096  # channels a program takes at most, and elements
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@triton.jit
+# Triton compiles anew for a size that is 1 or a multiple of 16: not for those that differ from call to call.
+@triton.jit(do_not_specialize=["kept", "tiles", "i_b", "i_h"])
 def gather_rows(
     x, y, index, x_out, y_out,
-    heads, kept, x_width, y_width,
+    heads, kept, tiles, x_width, y_width,
     x_b, x_h, x_s, y_b, y_h, y_s, i_b, i_h,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Keys in even, values in odd planes of the grid.
-    second = tl.program_id(2) % 2
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(2) // 2
+    second = tl.program_id(1) % 2
+    row, at = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1) // 2
     batch, head = row // heads, row % heads
-    i = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     taken = tl.load(index + batch * i_b + head * i_h + i, mask=i < kept, other=0)
     column = at * COLUMNS + tl.arange(0, COLUMNS)
     if second == 0:
@@ -47,18 +48,18 @@ def gather_rows(
         tl.store(y_out + (row * kept + i)[:, None] * y_width + column[None], tl.load(source, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept", "tiles", "i_b", "i_h"])
 def gather_one(
     x, index, out,
-    heads, kept, width,
+    heads, kept, tiles, width,
     x_b, x_h, x_s, i_b, i_h,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = row // heads, row % heads
-    i = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     taken = tl.load(index + batch * i_b + head * i_h + i, mask=i < kept, other=0)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (i < kept)[:, None] & (column < width)[None]
     source = x + batch * x_b + head * x_h + taken[:, None] * x_s + column[None]
     tl.store(out + (row * kept + i)[:, None] * width + column[None], tl.load(source, mask=inside), mask=inside)
@@ -80,9 +81,10 @@ def _gather_kv(keys: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Ten
     (batch, heads, _, width), kept = keys.shape, index.shape[2]
     widest = max(width, values.shape[3])
     rows, columns = _blocks(widest)
-    grid = (batch * heads, _launch.cdiv(kept, rows), 2 * _launch.cdiv(widest, columns))
+    tiles = _launch.cdiv(kept, rows)
+    grid = (batch * heads * tiles, 2 * _launch.cdiv(widest, columns))
     _launch.launch(
-        gather_rows, grid, x, y, index, x_out, y_out, heads, kept, width, values.shape[3],
+        gather_rows, grid, x, y, index, x_out, y_out, heads, kept, tiles, width, values.shape[3],
         *x.stride()[:3], *y.stride()[:3], index.stride(0), index.stride(1) if index.shape[1] > 1 else 0,
         warps=4, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
@@ -98,9 +100,10 @@ def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     out = _gather_tokens_fake(x, index)
     (batch, _, width), kept = x.shape, index.shape[1]
     rows, columns = _blocks(width)
-    grid = (batch, _launch.cdiv(kept, rows), _launch.cdiv(width, columns))
+    tiles = _launch.cdiv(kept, rows)
     _launch.launch(
-        gather_one, grid, _as_integers(x), index, _as_integers(out), 1, kept, width,
+        gather_one, (batch * tiles, _launch.cdiv(width, columns)),
+        _as_integers(x), index, _as_integers(out), 1, kept, tiles, width,
         x.stride(0), 0, x.stride(1), index.stride(0), 0,
         warps=4, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip

@@ -34,13 +34,13 @@ from vlmeff_kernels.linear_int8 import (
 
 # As in linear_int8: (BM, BN, BK, warps, stages). Two sets of accumulators leave no room for the tile of 128 x 256.
 TILES: Tiles = {
-    (9, 0): {
+    _launch.LARGE: {
         SHORT: (16, 32, 256, 4, 4),
         MEDIUM: (64, 64, 256, 4, 4),
         LONG: (128, 128, 128, 8, 4),
         None: (128, 128, 128, 8, 4),
     },
-    (8, 9): {
+    _launch.SMALL: {
         SHORT: (16, 32, 128, 4, 3),
         MEDIUM: (64, 64, 64, 4, 3),
         LONG: (64, 128, 64, 4, 3),
@@ -51,7 +51,7 @@ INTERPRETED: Tile = (16, 32, 32, 1, 1)
 PROMOTE = 128  # products that are summed within the tensor cores before they go to float32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def w8a8_fp8(
     q, s, wq, ws, bias, out,
     rows, outputs, channels,
@@ -112,8 +112,8 @@ class W8A8Fp8(Kernel):
     def refuses(self, *, out_dtype: torch.dtype, **tensors: Tensor | None) -> str | None:
         return output_refusal(out_dtype)
 
-    def bucket(self, *, q: Tensor, **rest: object) -> str:
-        return bucket_of(q.shape[0])
+    def bucket(self, *, q: Tensor, wq: Tensor, **rest: object) -> str:
+        return bucket_of(q.shape[0], q, wq)
 
     def run(
         self, *, q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, out_dtype: torch.dtype

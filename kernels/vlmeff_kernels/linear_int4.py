@@ -48,15 +48,15 @@ from vlmeff_kernels.linear_int8 import (
     tile_for,
 )
 
-# Upper bound of M -> (BM, BN, BK, warps, stages), by least compute capability, for one scale per output.
+# Upper bound of M -> (BM, BN, BK, warps, stages), by least KiB of shared memory, for one scale per output.
 TILES: Tiles = {
-    (9, 0): {
+    _launch.LARGE: {
         SHORT: (16, 64, 256, 4, 4),
         MEDIUM: (64, 64, 256, 4, 4),
         LONG: (128, 128, 128, 8, 4),
         None: (256, 128, 128, 8, 3),
     },
-    (8, 0): {
+    _launch.SMALL: {
         SHORT: (16, 64, 128, 4, 4),
         MEDIUM: (64, 64, 128, 4, 3),
         LONG: (64, 128, 64, 4, 3),
@@ -65,13 +65,13 @@ TILES: Tiles = {
 }
 # With groups: the sums of a group and the float32 sums of groups are both in registers.
 GROUP_TILES: Tiles = {
-    (9, 0): {
+    _launch.LARGE: {
         SHORT: (16, 64, 128, 4, 4),
         MEDIUM: (64, 64, 128, 4, 4),
         LONG: (128, 64, 128, 4, 4),
         None: (128, 128, 128, 8, 4),
     },
-    (8, 0): {
+    _launch.SMALL: {
         SHORT: (16, 64, 128, 4, 4),
         MEDIUM: (64, 64, 64, 4, 3),
         LONG: (64, 64, 64, 4, 3),
@@ -80,7 +80,7 @@ GROUP_TILES: Tiles = {
 }
 # Zero-points, sums and scales of 256 tokens do not fit in registers beside a tile of their products.
 ZERO_TILES: Tiles = {
-    least: {**tiles, None: (128, 128, 128, 8, 4)} if least == (9, 0) else tiles for least, tiles in TILES.items()
+    least: {**tiles, None: (128, 128, 128, 8, 4)} if least == _launch.LARGE else tiles for least, tiles in TILES.items()
 }
 INTERPRETED: Tile = (16, 32, 32, 1, 1)
 LEAST_BK = 32  # of an int8 tensor instruction
@@ -163,7 +163,7 @@ def store_tile(y, bias, out, m, n, column, rows, outputs):
     tl.store(out + m.to(tl.int64)[:, None] * outputs + n[None], y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def w4a8(
     q, s, wq, ws, bias, out,
     rows, outputs, channels, stored, group, groups,
@@ -202,7 +202,7 @@ def w4a8(
     store_tile(y, bias, out, m, n, column, rows, outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def wnan(
     q, s, z, rowsum, wq, ws, wz, colsum, bias, out,
     rows, outputs, channels, stored,
@@ -230,7 +230,7 @@ def _words(wq: Tensor) -> Tensor:
 
 def _left(q: Tensor) -> bool:
     """Whether the weights are the left operand: that of wgmma may come from registers."""
-    return _launch.capability_of(q.device) >= (9, 0)
+    return _launch.has_wgmma(q.device)
 
 
 def _w4a8(
@@ -302,6 +302,11 @@ define(
 )
 
 
+def _bytes_of(wq: Tensor) -> str:
+    """Of a bucket: whether weights are unpacked byte by byte."""
+    return ", single bytes" if _words(wq) is wq else ""
+
+
 def _width_refusal(width: int) -> str | None:
     return None if width <= WIDEST else f"it sums at most {WIDEST} channels in one int32, got {width}"
 
@@ -314,8 +319,10 @@ class W4A8Int8(Kernel):
     ) -> str | None:
         return output_refusal(out_dtype) or _width_refusal(group if ws.shape[1] > 1 else q.shape[1])
 
-    def bucket(self, *, q: Tensor, ws: Tensor, **rest: object) -> str:
-        return bucket_of(q.shape[0]) + (", groups" if ws.shape[1] > 1 else "")
+    def bucket(self, *, q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, group: int = 0, **rest: object) -> str:
+        groups = f", groups of {group}" if ws.shape[1] > 1 else ""
+        tokens_too = ", of tokens too" if s.shape[1] > 1 else ""
+        return bucket_of(q.shape[0], q, wq) + groups + tokens_too + _bytes_of(wq)
 
     def run(
         self,
@@ -338,8 +345,8 @@ class WNaN(Kernel):
     def refuses(self, *, q: Tensor, out_dtype: torch.dtype, **tensors: Tensor | None) -> str | None:
         return output_refusal(out_dtype) or _width_refusal(q.shape[1])
 
-    def bucket(self, *, q: Tensor, **rest: object) -> str:
-        return bucket_of(q.shape[0])
+    def bucket(self, *, q: Tensor, wq: Tensor, **rest: object) -> str:
+        return bucket_of(q.shape[0], q, wq) + _bytes_of(wq)
 
     def run(
         self,

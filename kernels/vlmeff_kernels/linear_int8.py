@@ -22,18 +22,18 @@ from vlmeff_kernels._library import call, define
 
 SHORT, MEDIUM, LONG = 16, 64, 512  # tokens up to which a narrower tile is taken
 
-# Upper bound of M -> (BM, BN, BK, warps, stages), by least compute capability. Few rows are bound by reading the
+# Upper bound of M -> (BM, BN, BK, warps, stages), by least KiB of shared memory. Few rows are bound by reading the
 # weights: narrow tiles, so that there are enough programs to ask for them. The large sm_90 tile spills on sm_80.
 Tile = tuple[int, int, int, int, int]
-Tiles = dict[tuple[int, int], dict[int | None, Tile]]
+Tiles = dict[int, dict[int | None, Tile]]
 TILES: Tiles = {
-    (9, 0): {
+    _launch.LARGE: {
         SHORT: (16, 32, 256, 4, 4),
         MEDIUM: (64, 64, 256, 4, 4),
         LONG: (128, 128, 128, 8, 4),
         None: (128, 256, 128, 8, 3),
     },
-    (8, 0): {
+    _launch.SMALL: {
         SHORT: (16, 32, 256, 4, 4),
         MEDIUM: (64, 64, 128, 4, 3),
         LONG: (64, 128, 128, 4, 3),
@@ -55,7 +55,7 @@ def banded_tile(row_tiles, column_tiles, BAND: tl.constexpr):
     return band * BAND + inside % height, inside // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # prompts are of any length: not compiled anew for multiples of 16
 def w8a8_int8(
     q, s, wq, ws, bias, out,
     rows, outputs, channels,
@@ -87,18 +87,22 @@ def tile_for(table: Tiles, interpreted: Tile, rows: int, device: torch.device, *
     """The row of a table of tiles for this many tokens, if the operands can be copied 16 bytes at a time."""
     if _launch.INTERPRET and not _launch.is_recording():
         return interpreted
-    if any(x.shape[1] % 16 or x.stride(0) % 16 for x in operands):
+    if not aligned(*operands):
         return UNALIGNED
-    capability = _launch.capability_of(device)
-    tiles = table[max(least for least in table if least <= capability)]
+    shared = _launch.shared_memory(device)
+    tiles = table[max(least for least in table if least <= shared)]
     return next(tile for most, tile in tiles.items() if most is None or rows <= most)
 
 
-def bucket_of(rows: int) -> str:
-    """The range of M that is accepted or not as one."""
-    if rows > LONG:
-        return f"M > {LONG}"
-    return f"M <= {next(most for most in (SHORT, MEDIUM, LONG) if rows <= most)}"
+def aligned(*operands: Tensor) -> bool:
+    """Whether every row of every operand starts at a multiple of 16 elements and ends at one."""
+    return not any(x.shape[1] % 16 or x.stride(0) % 16 for x in operands)
+
+
+def bucket_of(rows: int, *operands: Tensor) -> str:
+    """The range of M that is accepted or not as one, and whether the operands are copied 16 bytes at a time."""
+    most = next((most for most in (SHORT, MEDIUM, LONG) if rows <= most), None)
+    return (f"M > {LONG}" if most is None else f"M <= {most}") + ("" if aligned(*operands) else ", unaligned")
 
 
 def _launcher(q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -137,8 +141,8 @@ class W8A8Int8(Kernel):
     def refuses(self, *, out_dtype: torch.dtype, **tensors: Tensor | None) -> str | None:
         return output_refusal(out_dtype)
 
-    def bucket(self, *, q: Tensor, **rest: object) -> str:
-        return bucket_of(q.shape[0])
+    def bucket(self, *, q: Tensor, wq: Tensor, **rest: object) -> str:
+        return bucket_of(q.shape[0], q, wq)
 
     def run(
         self, *, q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, out_dtype: torch.dtype

@@ -31,6 +31,7 @@ from vlmeff_kernels._backend import Kernel
 from vlmeff_kernels._library import call, define
 
 MEMORY_BOUND = 64  # rows up to which memory is taken to be the bound
+UNMASKED = 128  # channels: whole tiles whatever their size
 TOGETHER = 8  # tiles of weights that go over all rows before the next ones
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FP8 = torch.float8_e4m3fn
@@ -106,7 +107,7 @@ def over(s, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, SPAN: tl.constexpr):
     return tl.reshape(tl.broadcast_to(s[:, :, None], (OUTPUTS, INPUTS // SPAN, SPAN)), (OUTPUTS, INPUTS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "each"])  # batches are of any size: not compiled anew for multiples of 16
 def expand_and_multiply(
     x, wq, ws, wz, bias, out,
     M, N, K, stored, each, x_m, wq_n, ws_n, wz_n, group,
@@ -140,7 +141,7 @@ def expand_and_multiply(
     tl.store(out + place, rounded(sums, out.dtype.element_ty, UPCAST), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def add_parts(parts, bias, out, count, size, N, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
     """out[i] = sum over the parts, in their order, + bias; ``parts`` [count, size] float32, ``out`` [size]."""
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -153,7 +154,7 @@ def add_parts(parts, bias, out, count, size, N, BLOCK: tl.constexpr, UPCAST: tl.
     tl.store(out + i, rounded(y, DTYPE, UPCAST), mask=i < size)
 
 
-# (capability >= 9, x is float32, at most so many rows) -> (ROWS, OUTPUTS, INPUTS, warps, stages) of expand_and_multiply
+# (operands of tensor instructions in shared memory, x is float32, at most so many rows) -> (ROWS, OUTPUTS, INPUTS, warps, stages) of expand_and_multiply
 TILES = {
     (True, False): {16: (16, 64, 128, 4, 4), 64: (64, 64, 64, 4, 4), 0: (128, 128, 64, 8, 3)},
     (False, False): {16: (16, 64, 128, 4, 4), 64: (64, 64, 64, 4, 3), 0: (128, 128, 32, 8, 3)},
@@ -165,7 +166,7 @@ TILES = {
 def _tile(x: Tensor) -> tuple[int, int, int, int, int]:
     if _interpreted():
         return 16, 16, 32, 4, 2
-    table = TILES[_launch.capability_of(x.device) >= (9, 0), x.dtype == torch.float32]
+    table = TILES[_launch.has_wgmma(x.device), x.dtype == torch.float32]
     return table[next((most for most in table if x.shape[0] <= most), 0)]
 
 
@@ -224,6 +225,11 @@ define(
 )
 
 
+def _is_odd(x: Tensor, wq: Tensor) -> bool:
+    """Whether tiles go past the end of a row, or rows start where no wide load may."""
+    return bool(x.shape[1] % UNMASKED or x.stride(0) % 16 or wq.stride(0) % 16)
+
+
 class LinearWNA16(Kernel):
     """Weight-only linear layer. At many rows it saves memory and no time."""
 
@@ -247,7 +253,12 @@ class LinearWNA16(Kernel):
     ) -> str:
         most = next((most for most in (1, 16, MEMORY_BOUND) if len(x) <= most), None)
         rows = f"more than {MEMORY_BOUND} rows" if most is None else f"at most {most} rows"
-        return f"{8 if bits == 8 else 4}-bit weights, {rows}"
+        kind = "float8 weights" if wq.dtype == FP8 else f"{8 if bits == 8 else 4}-bit weights"
+        # What differs in the compiled kernel: how wide a weight's scale reaches, zero-points, rows that are read masked.
+        groups = f", groups of {group}" if ws.shape[1] > 1 else ""
+        odd = ", unaligned" if _is_odd(x, wq) else ""
+        wide = ", float32" if x.dtype == torch.float32 else ""
+        return f"{kind}, {rows}{groups}{'' if wz is None else ', zeros'}{odd}{wide}"
 
     def run(
         self, *, x: Tensor, wq: Tensor, ws: Tensor, wz: Tensor | None, bias: Tensor | None, bits: int, group: int

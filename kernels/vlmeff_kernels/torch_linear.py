@@ -9,7 +9,6 @@ Shape letters: M tokens, K input features, N output features.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -115,13 +114,29 @@ def refusal(kind: str, device_type: str, index: int | None) -> str | None:
         capability = torch.cuda.get_device_capability(index)
         if capability < least:
             return f"it needs compute capability {least[0]}.{least[1]}, the GPU has {capability[0]}.{capability[1]}"
+        if not self_test_is_done(kind, device_type, index) and torch.cuda.is_current_stream_capturing():
+            return "it was never called before this graph capture, so its self-test has not been made"
     elif device_type != "cpu":
         return f"it runs on cuda and cpu, not on {device_type}"
     return self_test(kind, device_type, index)
 
 
-@functools.cache
+_tested: dict[tuple[str, str, int | None], str | None] = {}
+
+
+def self_test_is_done(kind: str, device_type: str, index: int | None) -> bool:
+    return (kind, device_type, index) in _tested
+
+
 def self_test(kind: str, device_type: str, index: int | None) -> str | None:
+    """What is wrong with the product on this device, or None; found out once. Running out of memory is no answer."""
+    key = kind, device_type, index
+    if key not in _tested:
+        _tested[key] = _self_test(*key)
+    return _tested[key]
+
+
+def _self_test(kind: str, device_type: str, index: int | None) -> str | None:
     """Compare one small product with float64 on the host: what is wrong, or None."""
     generator = torch.Generator().manual_seed(0)
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
@@ -134,6 +149,8 @@ def self_test(kind: str, device_type: str, index: int | None) -> str | None:
     try:
         arguments = {name: value.to(device) for name, value in arguments.items()}
         got = implementation.run(**arguments, bias=None, out_dtype=torch.float32).double().cpu()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of cuBLASLt; anything else is a fault of ours and must be seen
         return f"its self-test failed: {error}"
     wrong = float((got - expected).norm() / expected.norm())

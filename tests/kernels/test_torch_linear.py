@@ -26,9 +26,9 @@ BF16_ROUNDING = 2.0**-8  # of one element: the product is rounded to bfloat16, a
 def _cleared(request: pytest.FixtureRequest):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    torch_linear.self_test.cache_clear()
+    torch_linear._tested.clear()
     yield
-    torch_linear.self_test.cache_clear()
+    torch_linear._tested.clear()
 
 
 def arguments(kind: str, m: int, n: int, k: int, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
@@ -143,10 +143,26 @@ def test_old_gpus_are_refused(
     kind: str, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch_linear, "self_test", lambda *_: None)
     got = torch_linear.refusal(kind, "cuda", 0)
     assert (got is None) == (reason is None)
     assert reason is None or reason in (got or "")
+
+
+def test_neither_a_graph_capture_nor_a_full_memory_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "graph capture" in (torch_linear.refusal("int8", "cuda", 0) or "")
+
+    def full(*args: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as now:
+        now.setattr(torch, "_int_mm", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch_linear.refusal("int8", "cpu", None)
+    assert torch_linear.refusal("int8", "cpu", None) is None
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
@@ -165,7 +181,7 @@ def test_a_library_that_computes_wrongly_or_fails_is_refused(kind: str, monkeypa
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
     for broken, reason in ((last_rows_wrong, "self-test is off by"), (failing, "CUBLAS_STATUS_NOT_SUPPORTED")):
-        torch_linear.self_test.cache_clear()
+        torch_linear._tested.clear()
         monkeypatch.setattr(torch, name, broken)
         with (
             ops.backend(**{f"linear_w8a8_{kind}": "torch"}),

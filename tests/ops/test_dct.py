@@ -40,6 +40,20 @@ def scipy_resample(x: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) 
     return torch.from_numpy(np.stack(out, -1)).flatten(0, 1)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(shapes=st.lists(st.tuples(side, side), max_size=5), data=st.data(), seed=seeds)
+def test_several_grids_in_a_row_are_resampled_each_for_itself(
+    shapes: list[tuple[int, int]], data: st.DataObject, seed: int
+) -> None:
+    shapes += shapes[:1]  # two alike go through the products together
+    new = [smaller(data, shape) for shape in shapes[:-1]]
+    new += new[:1]
+    parts = [tokens(shape, seed=seed + n) for n, shape in enumerate(shapes)]
+    got = dct_resample(torch.cat([*parts, torch.zeros(0, 3, dtype=torch.float64)]), shapes, new)
+    expected = [scipy_resample(*one) for one in zip(parts, shapes, new, strict=True)]
+    torch.testing.assert_close(got, torch.cat([*expected, got[:0]]), **DOUBLE)
+
+
 def smaller(data: st.DataObject, grid: tuple[int, int]) -> tuple[int, int]:
     return data.draw(st.integers(1, grid[0])), data.draw(st.integers(1, grid[1]))
 

@@ -191,6 +191,19 @@ def test_an_explicit_choice_that_cannot_be_honoured_raises(install: Any, cuda: d
         ops.attention_column_mass(**cuda)
 
 
+def test_a_kernel_never_gets_tensors_of_two_devices(install: Any) -> None:
+    stubs = install(triton=None)
+    x, smooth = torch.ones(2, 4), torch.ones(4, device="meta")
+    sys.modules["vlmeff_kernels"].OPS["act_quant_int8"] = {"triton": stubs["triton"]}  # type: ignore[attr-defined]
+    with ops.backend("triton"), pytest.raises(ValueError, match="act_quant_int8: all tensors must be on one device"):
+        ops.act_quant_int8(x, smooth)
+    with FakeTensorMode():
+        x, smooth = torch.ones(2, 4, device="cuda:0"), torch.ones(4, device="cuda:1")
+        with pytest.raises(ValueError, match="got cuda:0, cuda:1"):
+            ops.act_quant_int8(x, smooth)
+    assert not stubs["triton"].calls
+
+
 def test_a_choice_for_all_ops_does_not_mean_those_that_have_no_kernels(install: Any, cuda: dict[str, Any]) -> None:
     install(triton=None)
     with ops.backend("triton"):
@@ -405,7 +418,7 @@ def test_the_first_use_of_each_back_end_is_logged_once(
     install: Any, cuda: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     install(triton=None)
-    _dispatch._log_first_use.cache_clear()
+    _dispatch._said.clear()
     with caplog.at_level(logging.INFO, logger="vlmeff.ops"):
         for name in ("triton", "reference", "triton", "reference"):
             with ops.backend(name):

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -25,6 +25,8 @@ from vlmeff.reporting import Report, measure, report
 from vlmeff.wrapping import is_wrapped, unwrap, wrap
 
 SILENCE_SECONDS = 600.0  # without a token: the thread has died in a way that no exception tells
+LEAVING_SECONDS = 1.0  # who closes the iterator may be an event loop: it does not wait for a model that still loads
+MOST_WARM = 1000
 
 Content = list[dict[str, Any]]
 Turn = dict[str, Any]
@@ -73,12 +75,17 @@ class Note:
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """The answer and what it cost. ``maps``: what became of each picture's tokens; empty for a run without a method."""
+    """The answer and what it cost.
+
+    ``maps``: what became of each picture's tokens; empty for a run without a method.  ``peak_bytes``: the most memory
+    of the device that tensors took during the run, the model's weights included; None on a CPU.
+    """
 
     text: str
     report: Report
     maps: list[TokenMap] = field(default_factory=list)
     stopped: bool = False
+    peak_bytes: int | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -88,6 +95,24 @@ class Done:
             return None
         seconds = (r.total_ms - r.prefill_ms) / 1000
         return (r.new_tokens - 1) / seconds if seconds > 0 else None
+
+
+class Answering(Protocol):
+    """What the page needs of an engine."""
+
+    def presets(self, name: str) -> list[str]:
+        """Names that ``Choice.preset`` may have on a model."""
+
+    def answer(
+        self,
+        turns: Sequence[Turn],
+        choice: Choice,
+        *,
+        model: str | None = None,
+        max_new_tokens: int = 64,
+        stop: Stop | None = None,
+    ) -> Iterator[Text | Note | Done]:
+        """News of the answer to the last turn; the last one is a ``Done``, unless it raises."""
 
 
 class Stop:
@@ -159,7 +184,7 @@ class Engine:
 
         A model that cannot be loaded leaves the present one in place.
         The first run of a choice follows an unmeasured one of two tokens, so that its times are not those of what is
-        set up once. Leaving the iterator early stops the generation.
+        set up once. Leaving the iterator early stops the generation at its next token.
 
         Raises what loading, wrapping and generating raise, from the iterator.
         """
@@ -182,7 +207,7 @@ class Engine:
                     return
         finally:
             stop.set()
-            worker.join()
+            worker.join(LEAVING_SECONDS)
 
     def _work(
         self, turns: list[Turn], choice: Choice, model: str | None, max_new_tokens: int, stop: Stop, said: Any
@@ -199,7 +224,10 @@ class Engine:
                 if self.model is None or name != self.name:
                     said.put(Note(f"loading {name}"))
                     self._load(name)
-                said.put(self._run(turns, choice, max_new_tokens, stop, said))
+                if stop.asked:
+                    said.put(Done("", Report(), stopped=True))
+                else:
+                    said.put(self._run(turns, choice, max_new_tokens, stop, said))
             finally:
                 self._lock.release()
         except BaseException as error:  # handed to whoever asked
@@ -207,17 +235,20 @@ class Engine:
 
     def _run(self, turns: list[Turn], choice: Choice, max_new_tokens: int, stop: Stop, said: Any) -> Done:
         model, processor = self.model, self.processor
-        choice.wrap(model)
         try:
+            choice.wrap(model)
             inputs = prepare_turns(processor, turns).to(model.device)
             for name in ("pixel_values", "pixel_values_videos"):
                 if inputs.get(name) is not None:
                     inputs[name] = inputs[name].to(model.dtype)
             options: dict[str, Any] = {"do_sample": False, "stopping_criteria": [stop]}
-            if choice not in self._warm and not stop.asked:
-                said.put(Note("warming up"))
+            if choice not in self._warm:
+                said.put(Note("warm-up run, not measured"))
                 model.generate(**inputs, **options, max_new_tokens=2)
+                if len(self._warm) >= MOST_WARM:
+                    self._warm.clear()
                 self._warm.add(choice)
+            peak = _Peak(model.device)
             streamer = _Streamer(processor.tokenizer, said)
             if choice.plain:
                 with measure(model, dict(inputs)) as measured:
@@ -226,12 +257,25 @@ class Engine:
             else:
                 ids = model.generate(**inputs, **options, max_new_tokens=max_new_tokens, streamer=streamer)
                 found = report(model)
+            peak_bytes = peak.read()
             text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             maps = [] if choice.plain else _maps(model, found, inputs, processor)
-            return Done(text, found, maps, stopped=stop.asked)
+            return Done(text, found, maps, stopped=stop.asked, peak_bytes=peak_bytes)
         finally:
             if is_wrapped(model):
                 unwrap(model)
+
+
+class _Peak:
+    """The most memory of a CUDA device since this was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
 
 class _Streamer:
@@ -269,6 +313,12 @@ def user_turn(question: str, pictures: Sequence[Image.Image] = ()) -> Turn:
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
+def video_turn(question: str, frames: Sequence[Image.Image], metadata: Mapping[str, Any]) -> Turn:
+    """A turn about the sampled frames of a video; ``metadata`` are fields of transformers' ``VideoMetadata``."""
+    video = {"type": "video", "video": list(frames), "metadata": dict(metadata)}
+    return {"role": "user", "content": [video, {"type": "text", "text": question}]}
+
+
 def assistant_turn(text: str) -> Turn:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
@@ -277,8 +327,18 @@ def prepare_turns(processor: Any, turns: Sequence[Turn]) -> Any:
     """The processor's inputs for a conversation, through its chat template."""
     if not turns or turns[-1]["role"] != "user":
         raise ConfigError("demo: a conversation must end with a question.")
+    videos = [part for turn in turns for part in turn["content"] if part["type"] == "video"]
+    options: dict[str, Any] = {}
+    if videos:
+        if getattr(processor, "video_processor", None) is None:
+            raise UnsupportedModelError(
+                f"demo: a model with a {type(processor).__name__} takes no videos; choose one that does, such as tiny-qwen."
+            )
+        # They are sampled already; the metadata says when each frame was.
+        metadata = [part["metadata"] for part in videos]
+        options["processor_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
     return processor.apply_chat_template(
-        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
 
 

@@ -10,10 +10,14 @@ from PIL import Image
 from vlmeff.errors import DataError
 from vlmeff.pictures import open_picture
 
+NO_PICTURE = "There is no picture yet: drop one, paste one or click an example."
+NO_QUESTION = "There is no question yet: type one or click an example."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Sizes of files are Gradio's to refuse (``max_file_size``), at the upload."""
+    """Sizes of files are refused twice: by Gradio at the upload (``max_file_size``) and here, because a client may
+    also put a picture into its request instead of uploading it."""
 
     max_file_mb: float = 10.0
     max_pixels: int = 20_000_000
@@ -29,12 +33,16 @@ class Limits:
         """An RGB picture, upright, of an animation the first frame.
 
         Raises:
-            DataError: there is none, it is broken or has too many pixels (looked up before it is decoded).
+            DataError: there is none, its file is too large, it is broken or has too many pixels (looked up before it
+                is decoded).
         """
         if not path:
-            raise DataError("There is no picture yet: drop one, paste one or click an example.")
+            raise DataError(NO_PICTURE)
+        file = Path(path)
+        if file.is_file() and file.stat().st_size > self.max_file_mb * 1e6:
+            raise DataError(f"The picture's file is larger than {self.max_file_mb:g} MB: make it smaller.")
         try:
-            return open_picture(Path(path), max_pixels=self.max_pixels)
+            return open_picture(file, max_pixels=self.max_pixels)
         except DataError as error:  # its text names a path of the server
             text = str(error).replace(repr(str(path)), "that was sent").replace(str(path), "that was sent")
             raise DataError(text) from None
@@ -42,7 +50,7 @@ class Limits:
     def question(self, text: str | None) -> str:
         text = (text or "").strip()
         if not text:
-            raise DataError("There is no question yet: type one or click an example.")
+            raise DataError(NO_QUESTION)
         if len(text) > self.max_question_chars:
             raise DataError(
                 f"The question has {len(text)} characters, more than {self.max_question_chars}: shorten it."

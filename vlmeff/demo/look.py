@@ -10,24 +10,47 @@ BASELINE, PRESET = "#7a8794", "#0b8f6a"
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+#head { align-items: center; }
 .vl-head h1 { font-size: 1.5rem; margin: 0; }
 .vl-head p, .vl-note { color: var(--body-text-color-subdued); margin: .15rem 0 0; }
-.vl-status { min-height: 1.6rem; color: var(--body-text-color-subdued); }
+.vl-status { min-height: 1.6rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.vl-verdict { min-height: 3.2rem; overflow-wrap: anywhere; }
+.vl-block { margin: 0 0 1.4rem; overflow-x: auto; }
 .vl-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.vl-table th, .vl-table td { padding: .3rem .6rem; border-bottom: 1px solid var(--border-color-primary); }
+.vl-table th, .vl-table td { padding: .3rem .6rem !important; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: anywhere; vertical-align: top; }
 .vl-table th { text-align: left; font-weight: 600; }
 .vl-table td { text-align: right; }
 .vl-table thead th { text-align: right; color: var(--body-text-color-subdued); }
 .vl-table thead th:first-child { text-align: left; }
+.vl-table caption { text-align: left; padding: .3rem .6rem; color: var(--body-text-color-subdued); }
+.vl-text td, .vl-text thead th { text-align: left; }
+.vl-text th[scope=row] { white-space: nowrap; }
 .vl-legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center; min-height: 1.6rem; }
 .vl-legend i { display: inline-block; width: .85rem; height: .85rem; border-radius: .2rem; margin-right: .35rem;
   vertical-align: -.1rem; border: 1px solid var(--border-color-primary); }
-.vl-bars { display: grid; grid-template-columns: auto 1fr; gap: .35rem .8rem; align-items: center; }
-.vl-bars .name { white-space: nowrap; }
+.vl-bars { display: grid; grid-template-columns: auto 1fr; gap: .45rem .8rem; align-items: center; }
+.vl-bars .name { min-width: 0; }
 .vl-bars .pair { display: grid; gap: 2px; }
-.vl-bars .bar { display: flex; align-items: center; gap: .4rem; font-size: .8rem; }
+.vl-bars .bar { display: flex; align-items: center; gap: .4rem; font-size: .8rem; line-height: 1rem; height: 1rem; }
 .vl-bars .bar b { display: block; height: .6rem; border-radius: .15rem; min-width: 2px; }
-@media (max-width: 640px) { .vl-table th, .vl-table td { padding: .25rem .3rem; font-size: .9rem; } }
+.vl-examples table, .vl-examples tbody { display: block; }
+.vl-examples thead { display: none; }
+.vl-examples tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: .4rem; }
+.vl-examples tr { display: flex; align-items: center; gap: .5rem; border: 1px solid var(--border-color-primary) !important;
+  border-radius: .4rem; padding: .25rem .4rem; background: var(--background-fill-secondary) !important; }
+.vl-examples td { border: 0 !important; padding: 0 !important; text-align: left !important; min-width: 0; }
+.vl-examples td > div { justify-content: flex-start; }
+.vl-examples .container, .vl-examples img { width: 3rem !important; height: 3rem !important; max-width: 3rem;
+  border-width: 0; object-fit: cover; }
+.vl-examples .table-wrap { border: 0 !important; overflow: visible; }
+@media (max-width: 640px) {
+  #head { flex-direction: column; align-items: stretch; }
+  .vl-table th, .vl-table td { padding: .25rem .3rem !important; font-size: .9rem; }
+  .vl-text th[scope=row] { white-space: normal; }
+  .vl-examples tbody { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 11.5rem;
+    overflow-x: auto; padding-bottom: .4rem; }
+}
 """
 
 
@@ -37,32 +60,44 @@ def theme() -> Any:
     return gr.themes.Default(primary_hue="emerald", neutral_hue="slate", font=["system-ui", "sans-serif"])
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]], *, caption: str = "") -> str:
-    """An HTML table; the first cell of a row is its heading."""
+def table(head: Sequence[str], body: Iterable[Sequence[str]], *, caption: str = "", text: bool = False) -> str:
+    """An HTML table; the first cell of a row is its heading. ``text``: the cells are words, not figures."""
     cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
     lines = []
     for name, *values in body:
         row = "".join(f"<td>{html.escape(value)}</td>" for value in values)
         lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f'<table class="vl-table">{title}<thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    kind = "vl-table vl-text" if text else "vl-table"
+    return f'<table class="{kind}">{title}<thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
-def bars(shares: Iterable[tuple[str, float]], *, unit: str = "of the baseline") -> str:
-    """Each cost of the preset as a bar below the baseline's full one; longer than that where it costs more."""
+def bars(shares: Iterable[tuple[str, float | None]], *, run: str = "preset") -> str:
+    """Each cost of a run as a bar below the baseline's full one; longer than that where it costs more.
+
+    A share that is not known yet has its place, so that nothing moves when it comes.
+    """
     shares = list(shares)
-    longest = max([1.0, *(share for _, share in shares)])
+    longest = max([1.0, *(share for _, share in shares if share is not None)])
     lines = []
     for name, share in shares:
+        both = ((1.0, BASELINE), (share, PRESET)) if share is not None else ((None, ""), (None, ""))
         pair = "".join(
-            f'<div class="bar"><b style="width:{80 * value / longest:.1f}%;background:{color}"></b>{value:.0%}</div>'
-            for value, color in ((1.0, BASELINE), (share, PRESET))
+            '<div class="bar"></div>'
+            if value is None
+            else f'<div class="bar"><b style="width:{80 * value / longest:.1f}%;background:{color}"></b>{value:.0%}</div>'
+            for value, color in both
         )
-        label = html.escape(f"{name}: {share:.0%} {unit}")
+        label = html.escape(f"{name}: not measured yet" if share is None else f"{name}: {share:.0%} of the baseline")
         lines.append(
             f'<div class="name">{html.escape(name)}</div><div class="pair" role="img" aria-label="{label}">{pair}</div>'
         )
-    return f'<div class="vl-bars">{"".join(lines)}</div>' if lines else ""
+    key = legend([("baseline", _rgb(BASELINE)), (run, _rgb(PRESET))], "Share of the baseline")
+    return f'{key}<div class="vl-bars">{"".join(lines)}</div>'
+
+
+def _rgb(color: str) -> tuple[int, int, int]:
+    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
 
 
 def legend(entries: Iterable[tuple[str, tuple[int, int, int]]], text: str = "") -> str:
@@ -72,6 +107,10 @@ def legend(entries: Iterable[tuple[str, tuple[int, int, int]]], text: str = "") 
 
 def status(text: str) -> str:
     return f'<div class="vl-status" role="status" aria-live="polite">{html.escape(text)}</div>'
+
+
+def verdict(text: str) -> str:
+    return f'<div class="vl-verdict"><strong>{html.escape(text)}</strong></div>'
 
 
 def note(text: str) -> str:

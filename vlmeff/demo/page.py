@@ -8,7 +8,7 @@ import gradio as gr
 
 from vlmeff.demo import look
 from vlmeff.demo.site import Site, shown
-from vlmeff.demo.tabs import about_tab, chat_tab, compare_tab, generate_tab, sweep_tab
+from vlmeff.demo.tabs import about_tab, chat_tab, compare_tab, generate_tab, sweep_tab, video_tab
 from vlmeff.demo.tabs.chat_tab import BASELINE
 
 HEAD = (
@@ -20,8 +20,8 @@ HEAD = (
 def build_demo(site: Site) -> gr.Blocks:
     """Assemble the page for an engine and its limits; ``serve_demo`` serves it."""
     with gr.Blocks(title="vlmeff", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        with gr.Row(equal_height=True):
-            gr.HTML(HEAD)
+        with gr.Row(elem_id="head"):
+            gr.HTML(HEAD, scale=1, min_width=260)
             model = gr.Dropdown(
                 site.models, value=site.models[0], label="Model", elem_id="model", scale=0, min_width=240,
                 interactive=len(site.models) > 1,
@@ -33,18 +33,20 @@ def build_demo(site: Site) -> gr.Blocks:
                 chatted = chat_tab.build(site, model)
             with gr.Tab("Sweep"):
                 sweep_tab.build(site, model)
+            with gr.Tab("Video"):
+                filmed = video_tab.build(site, model)
             with gr.Tab("Generate"):
                 generate_tab.build(site)
             with gr.Tab("About"):
                 about_tab.build(site, model)
 
         @shown
-        def use(name: str) -> tuple[Any, Any]:
-            known = site.presets(name)
-            value = "fast" if "fast" in known else known[0]
-            return gr.Dropdown(choices=known, value=value), gr.Dropdown(choices=[BASELINE, *known], value=value)
+        def use(name: str) -> tuple[Any, Any, Any]:
+            known, value = site.presets(name), site.favourite(name)
+            either = gr.Dropdown(choices=known, value=value)
+            return either, gr.Dropdown(choices=[BASELINE, *known], value=value), either
 
-        model.change(use, [model], [compared, chatted], api_name="model", queue=False)
+        model.change(use, [model], [compared, chatted, filmed], api_name="model", queue=False)
     demo.queue(max_size=16, default_concurrency_limit=1)
     return demo
 

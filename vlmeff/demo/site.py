@@ -12,25 +12,39 @@ from typing import Any
 
 from PIL import Image
 
-from vlmeff.demo.engine import Choice, Engine, Stop
-from vlmeff.demo.limits import Limits
+from vlmeff.demo.compare import Comparison
+from vlmeff.demo.engine import Answering, Choice, Stop
+from vlmeff.demo.limits import NO_PICTURE, Limits
 from vlmeff.errors import DataError, VlmeffError
 
 logger = logging.getLogger(__name__)
 
 QUEUE = "model"  # every event that runs a model: one at a time
 MOST_SESSIONS = 1000
+MOST_KEPT = 32  # they hold pictures
+FAVOURITE = "fast"
 AS_PRESET = "as the preset says"
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A finished comparison that its visitor may save."""
+
+    comparison: Comparison
+    picture: Image.Image
+    question: str
+    model: str
 
 
 @dataclass
 class Site:
     """One demo. ``models``: what the visitor may choose from; the first is loaded first."""
 
-    engine: Engine
+    engine: Answering
     models: list[str]
     limits: Limits = field(default_factory=Limits)
     log_dir: Path | None = None
+    _kept: OrderedDict[str | None, Kept] = field(default_factory=OrderedDict)
     _stops: OrderedDict[str, Stop] = field(default_factory=OrderedDict)
 
     def begin(self, session: str | None, tab: str) -> Stop:
@@ -48,6 +62,19 @@ class Site:
         if stop is not None:
             stop.set()
 
+    def keep(self, session: str | None, kept: Kept) -> None:
+        """Remember a visitor's last comparison, where such may be saved at all."""
+        if self.log_dir is None:
+            return
+        self._kept[session] = kept
+        self._kept.move_to_end(session)
+        while len(self._kept) > MOST_KEPT:
+            self._kept.popitem(last=False)
+
+    def kept(self, session: str | None) -> Kept | None:
+        """The visitor's last comparison, once: nobody fills the disk by pressing a button."""
+        return self._kept.pop(session, None)
+
     def picture(self, path: str | None) -> Image.Image:
         """A picture that was uploaded here; a path that a client made up is as good as none.
 
@@ -60,9 +87,28 @@ class Site:
             raise DataError("That picture was not uploaded here: drop it on the page.")
         return self.limits.picture(path)
 
+    def complaints(self, path: str | None, question: str | None) -> tuple[str, str]:
+        """What is wrong with a picture's and a question's field, as far as it is seen without opening the file."""
+        try:
+            self.limits.question(question)
+        except DataError as error:
+            return "" if path else NO_PICTURE, str(error)
+        return "" if path else NO_PICTURE, ""
+
     def pictures(self, paths: Sequence[str]) -> list[Image.Image]:
         self.limits.check_count(len(paths))
         return [self.picture(path) for path in paths]
+
+    def checked(self, fields: Sequence[Any], *, picture: int, question: int) -> list[Any]:
+        """As a ``validator=`` of an event: one verdict per field, before the event gets into the queue."""
+        import gradio as gr
+
+        found = dict(zip((picture, question), self.complaints(fields[picture], fields[question]), strict=True))
+        return [gr.validate(not found.get(place), found.get(place, "")) for place in range(len(fields))]
+
+    def favourite(self, model: str | None = None) -> str:
+        known = self.presets(model)
+        return FAVOURITE if FAVOURITE in known else known[0]
 
     def presets(self, model: str | None = None) -> list[str]:
         return self.engine.presets(self.models[0] if model is None else model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from vlmeff.demo.compare import MIB, PLAIN
-from vlmeff.demo.engine import Choice, Done, Engine, Note, Stop, user_turn
+from vlmeff.demo.engine import Answering, Choice, Done, Note, Stop, user_turn
 from vlmeff.errors import VlmeffError
 from vlmeff.evaluation.normalize import vqa
 
@@ -40,7 +40,7 @@ class Sweep:
 
 
 def sweep(
-    engine: Engine,
+    engine: Answering,
     picture: Image.Image,
     question: str,
     choice: Choice,
@@ -78,7 +78,7 @@ def sweep(
 
 
 def _run(
-    engine: Engine,
+    engine: Answering,
     picture: Image.Image,
     question: str,
     how: Choice,

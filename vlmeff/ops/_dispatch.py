@@ -48,6 +48,7 @@ EVERY_OP = "*"  # key of a choice that holds for all ops without one of their ow
 Operator = TypeVar("Operator", bound=Callable[..., Any])
 Result = TypeVar("Result")
 _operators: dict[str, Callable[..., Any]] = {}  # filled by the definitions in this package
+_said: set[tuple[str, str]] = set()  # what has been logged: one line for each op and back end, and process
 
 _asked: ContextVar[Mapping[str, str]] = ContextVar("vlmeff_ops_asked", default=MappingProxyType({}))
 _explaining: ContextVar[bool] = ContextVar("vlmeff_ops_explaining", default=False)
@@ -81,7 +82,7 @@ def dispatch(op: str, reference: Callable[..., Result], **arguments: Any) -> Res
         return cast("Result", explanation)  # to explain(), which called the op and knows
     if not torch.compiler.is_compiling():  # a traced graph is not a run, and logging would break the graph
         unsupported = explanation.why == UNSUPPORTED
-        _log_first_use(op, explanation.backend, tuple(explanation.refused.items()) if unsupported else ())
+        _log_first_use(op, explanation.backend, explanation.refused if unsupported else {})
         for counter in _open_counters.get():
             counter[op, explanation.backend] += 1
     if implementation is None:
@@ -170,6 +171,7 @@ def _choose(op: str, arguments: Mapping[str, Any]) -> tuple[Explanation, BackEnd
         elsewhere = sorted({tensor.device.type for tensor in tensors} - {"cuda"})
         why = f"the tensors are on {', '.join(elsewhere)}"
         return Explanation(op, REFERENCE, why, dict.fromkeys(ACCELERATED, why)), None
+    _check_one_device(op, tensors)
 
     refused: dict[str, str] = {}
     implementations, missing = _accelerated(op)
@@ -190,7 +192,9 @@ def _explicit(op: str, name: str, arguments: Mapping[str, Any]) -> BackEnd:
     implementations, missing = _accelerated(op)
     if name not in implementations:
         raise BackendUnavailableError(op, name, missing)
-    if _wants_grad(_tensors(arguments)):
+    tensors = _tensors(arguments)
+    _check_one_device(op, tensors)
+    if _wants_grad(tensors):
         raise BackendUnavailableError(
             op, name, 'it has no backward and an input requires grad; use torch.no_grad() or backend("reference")'
         )
@@ -259,6 +263,13 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
+def _check_one_device(op: str, tensors: Sequence[Tensor]) -> None:
+    """PyTorch itself refuses a mixture; a kernel would read a pointer of another device."""
+    if any(tensor.device != tensors[0].device for tensor in tensors[1:]):
+        found = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+        raise ValueError(f"{op}: all tensors must be on one device, got {found}")
+
+
 def _wants_grad(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -285,7 +296,9 @@ def _unit_stride(op: str, name: str, value: Any) -> Any:
     return value.contiguous()
 
 
-@functools.lru_cache(maxsize=1024)  # the cache is the memory of what has been said: one line each and process
-def _log_first_use(op: str, name: str, refused: tuple[tuple[str, str], ...]) -> None:
-    reasons = "; ".join(f"{other}: {reason}" for other, reason in refused)
+def _log_first_use(op: str, name: str, refused: Mapping[str, str]) -> None:
+    if (op, name) in _said:
+        return
+    _said.add((op, name))
+    reasons = "; ".join(f"{other}: {reason}" for other, reason in refused.items())
     logger.info("vlmeff.ops.%s runs on the back end %r%s", op, name, f" ({reasons})" if reasons else "")

@@ -26,6 +26,7 @@ from vlmeff.speculative.gaussian import first_accepted, residual_acceptance, wit
 from vlmeff.speculative.job import Job, Player, Tokens
 
 FIRST_TRIES = 4  # residual paths of a unit that are drawn together at first; then twice as many, and so on
+MOST_TRIES = 64
 
 
 @dataclass(frozen=True)
@@ -186,4 +187,4 @@ def _resample(job: Job, target: Tokens, draft: Tokens) -> None:
         target, draft = target.pick(~out), draft.pick(~out)
         if not len(target.sample):
             return
-        tries *= 2
+        tries = min(2 * tries, MOST_TRIES)  # paths are held whole: memory grows with the tries of a block

@@ -5,6 +5,7 @@ The conversation is kept on the server: a client can add to its own, but hand in
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
         with gr.Column(scale=3, min_width=320):
             chat = gr.Chatbot(
                 label="Conversation", height=460, allow_tags=False, sanitize_html=True, render_markdown=False,
-                reasoning_tags=[], buttons=["copy"], elem_id="chat-log",
+                reasoning_tags=[], buttons=[], elem_id="chat-log",
             )  # fmt: skip
             box = gr.MultimodalTextbox(
                 file_types=["image"], file_count="multiple", show_label=False, label="Message", submit_btn=True,
@@ -112,12 +113,16 @@ def _message(example: Example) -> dict[str, Any]:
 
 
 def _log(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The conversation as Gradio shows it: pictures and texts as messages of their own."""
+    """The conversation as Gradio shows it: pictures and texts as messages of their own.
+
+    Texts are escaped: Gradio 6.31 shows HTML in a message as HTML even without Markdown, pictures from elsewhere among
+    it. (So no copy buttons: they would copy the escapes.)
+    """
     log: list[dict[str, Any]] = []
     for message in messages:
         for path in message.pictures:
             log.append({"role": message.role, "content": {"path": path, "alt_text": "a picture that was sent"}})
-        log.append({"role": message.role, "content": message.text})
+        log.append({"role": message.role, "content": html.escape(message.text)})
     return log
 
 

@@ -11,7 +11,7 @@ import gradio as gr
 
 from vlmeff import zoo
 from vlmeff.demo import look
-from vlmeff.demo.generators import DIGITS, MODES, PROMPTS, Drawn, draw_digits, make_clip
+from vlmeff.demo.generators import DIGITS, MODES, PROMPTS, Drawn, draw_digits, make_clip, missing_extra
 from vlmeff.demo.site import QUEUE, Site, shown
 
 
@@ -48,6 +48,10 @@ def _pictures() -> None:
 
 
 def _videos(site: Site) -> None:
+    missing = missing_extra()
+    if missing is not None:
+        gr.HTML(look.note(missing), elem_id="generate-missing")
+        return
     presets = [row.preset for row in zoo.preset_table("tiny-wan")]
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=260):

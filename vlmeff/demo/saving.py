@@ -1,0 +1,62 @@
+"""Keep a comparison that a visitor wants to keep: JSON and PNG files in ``--log-dir``, under names made here."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmeff import __version__
+from vlmeff.demo.compare import Comparison
+from vlmeff.errors import ConfigError
+
+
+def save_comparison(log_dir: Path, now: Comparison, picture: Image.Image, question: str, model: str) -> Path:
+    """Write ``comparison.json``, ``picture.png`` and the token maps into a new folder; returns the folder.
+
+    Nothing of what the visitor sent gets into a file's name.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    moment = datetime.now(UTC)
+    folder = log_dir / f"{moment:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+        picture.save(folder / "picture.png")
+        runs = {name: _run(folder, now, name) for name in now.runs}
+        record = {
+            "schema": "vlmeff.demo-comparison/1",
+            "saved": moment.isoformat(timespec="seconds"),
+            "vlmeff": __version__,
+            "model": model,
+            "question": question,
+            "order": list(now.order),
+            "runs": runs,
+        }
+        (folder / "comparison.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    except OSError as error:
+        raise ConfigError(f"The comparison cannot be saved ({error.strerror}).") from error
+    return folder
+
+
+def _run(folder: Path, now: Comparison, name: str) -> dict[str, Any]:
+    side = now.side(name)
+    if side.done is None:
+        return {"label": now.label(name), "failed": side.failed}
+    maps = []
+    for number, one in enumerate(side.done.maps, 1):
+        file = f"{name}-map-{number}.png"
+        one.after.save(folder / file)
+        maps.append({"file": file, "what": one.label, "kept": one.kept, "of": one.total})
+    return {
+        "label": now.label(name),
+        "answer": side.done.text,
+        "report": side.done.report.to_dict(),
+        "peak_bytes": side.done.peak_bytes,
+        "maps": maps,
+    }
