@@ -1,4 +1,4 @@
-"""The tour in demos/quickstart.py: what it prints is what transformers and arithmetic say, and it fails when it must."""
+"""demos/quickstart.py: what it prints is what transformers and arithmetic say, and it fails when it must."""
 
 from __future__ import annotations
 

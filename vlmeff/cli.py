@@ -1,4 +1,4 @@
-"""The command line: ``vlmeff ask | presets | calibrate | doctor | eval | serve | zoo``."""
+"""The command line: ``vlmeff ask | demo | presets | calibrate | doctor | eval | serve | zoo``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vlmeff import __version__
 from vlmeff.cli_calibrate import calibrate_app
+from vlmeff.cli_demo import demo_command
 from vlmeff.cli_doctor import doctor
 from vlmeff.cli_eval import eval_app
 from vlmeff.cli_generate import generate_app
@@ -208,6 +209,7 @@ def presets(
 
 app.command("doctor")(doctor)
 app.command("serve")(serve_command)
+app.command("demo")(demo_command)
 app.command("quantize")(quantize_command)
 app.command("train-qvgen")(train_qvgen)
 

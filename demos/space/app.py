@@ -7,7 +7,7 @@ from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: it reads this once
 
-from vlmeff.demo.serving import serve_demo  # noqa: E402
+from vlmeff.demo.serving import serve_demo
 
 
 def main(*, port: int = 7860, block: bool = True) -> Any:

@@ -42,10 +42,35 @@ def library_path(architectures: tuple[str, ...] = ARCHITECTURES) -> Path:
     return _cache() / f"{'-'.join(f'sm{a}' for a in architectures)}.so"
 
 
-def built() -> Path | None:
-    """The library made of these very sources, the newest if there are several; None if there is none."""
+def built(capability: tuple[int, int] | None = None) -> Path | None:
+    """The library made of these very sources, the newest if there are several; None if there is none.
+
+    capability: of a GPU; only libraries that it can run count.
+    """
     found = sorted(_cache().glob("sm*.so"), key=lambda path: (path.stat().st_mtime, path.name))
+    if capability is not None:
+        found = [path for path in found if runs_on(architectures_of(path), capability)]
     return found[-1] if found else None
+
+
+def architectures_of(path: Path) -> tuple[str, ...]:
+    """What a library of ours was compiled for: its name says it (``library_path``)."""
+    return tuple(part.removeprefix("sm") for part in path.stem.split("-"))
+
+
+def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether a library for these architectures has code for a GPU of this compute capability.
+
+    Machine code runs on the same major version from its minor version on, that of a letter on this capability alone
+    (of an f on its family); the PTX of the last is compiled for any newer GPU, unless it is of a letter.
+    """
+    for architecture in architectures:
+        number = int(re.sub(r"\D", "", architecture))
+        same_major = number // 10 == capability[0] and number % 10 <= capability[1]
+        if same_major and (not architecture.endswith("a") or number % 10 == capability[1]):
+            return True
+    newest = architectures[-1]
+    return newest.isdigit() and (int(newest) // 10, int(newest) % 10) <= capability
 
 
 def build(*, force: bool = False, architectures: tuple[str, ...] = ARCHITECTURES, verbose: bool = False) -> Path:

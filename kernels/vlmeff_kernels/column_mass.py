@@ -39,24 +39,36 @@ TILES = {
     "default": (64, 128, 8, 3),
     "wide heads": (64, 64, 4, 2),
     "float32": (32, 64, 8, 2),
+    "float32, wide heads": (32, 32, 8, 2),
 }
 PARTIALS = 2048  # elements of the tile in which parts are added
 
 
+# These differ from prompt to prompt; see row_logsumexp.
+VARYING = ("width", "keys", "key_tiles", "part_heads", "part_tiles", "part_size", "parts", "segments",
+           "l_b", "l_h", "w_b", "w_h", "qp_b", "kp_b", "kv_b")  # fmt: skip
+
+
 @triton.jit
-def mass(z, lse, weight, allowed):
-    """weight * exp(z - lse), 0 where not allowed and in rows whose lse is -inf; z is in base 2."""
+def mass(z, lse, weight, allowed, OWN: tl.constexpr):
+    """weight * exp(z - lse), 0 where not allowed and in rows whose lse is -inf; z is in base 2.
+
+    OWN: lse is that of these z. An infinite one then comes of an infinite z, and the row's softmax is NaN.
+    """
     less = tl.where(lse == float("-inf"), float("inf"), lse * logits.LOG2_E)
+    if OWN:
+        less = tl.where(lse == float("inf"), float("nan"), less)
     return tl.where(allowed, tl.exp2(z - less) * weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def mass_of_columns(
     q, k, lse, weight, q_pos, k_pos, key_valid, bounds, out,
     kv_heads, group, width, keys, key_tiles, part_heads, part_tiles, part_size, segments,
     q_b, q_h, q_w, k_b, k_h, k_s, l_b, l_h, w_b, w_h, qp_b, kp_b, kv_b,
     factor, cap, share,
-    PER_HEAD: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr, STEPS: tl.constexpr, UPCAST: tl.constexpr,
+    OWN: tl.constexpr, PER_HEAD: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr, STEPS: tl.constexpr,
+    UPCAST: tl.constexpr,
     DIM: tl.constexpr, ALIGN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     plane, tile = (tl.program_id(0) // key_tiles).to(tl.int64), tl.program_id(0) % key_tiles
@@ -114,7 +126,7 @@ def mass_of_columns(
             allowed = allowed & (k_at[:, None] <= q_at[None, :])
         if bounds is not None:
             allowed = allowed & (start[:, None] <= i[None, :]) & (i[None, :] < end[:, None])
-        added = tl.sum(mass(z, row_lse[None, :], row_weight, allowed), axis=1)
+        added = tl.sum(mass(z, row_lse[None, :], row_weight, allowed, OWN), axis=1)
         if PER_HEAD:  # start anew with each head, store at its end: without a branch, which would stop the prefetching
             total = tl.where(t % tiles == 0, 0.0, total) + added
             place = out + (batch * kv_heads * group + head) * keys + j
@@ -125,18 +137,18 @@ def mass_of_columns(
         tl.store(out + (plane * blocks + block) * keys + j, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def mass_of_few_rows(
     q, k, lse, weight, q_pos, k_pos, key_valid, out,
-    kv_heads, group, width, keys,
+    kv_heads, group, width, keys, key_tiles,
     q_b, q_h, q_w, k_b, k_h, k_s, l_b, l_h, w_b, w_h, qp_b, kp_b, kv_b,
     factor, cap, share,
-    PER_HEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    OWN: tl.constexpr, PER_HEAD: tl.constexpr, CAUSAL: tl.constexpr,
     DIM: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    plane = tl.program_id(0).to(tl.int64)
+    plane, tile = (tl.program_id(0) // key_tiles).to(tl.int64), tl.program_id(0) % key_tiles
     batch, kv_head = plane // kv_heads, plane % kv_heads
-    j = tl.program_id(1) * BN + tl.arange(0, BN)
+    j = tile * BN + tl.arange(0, BN)
     d = tl.arange(0, WIDE)
     inside = j < keys
     k_rows = batch * k_b + kv_head * k_h + j.to(tl.int64) * k_s
@@ -161,7 +173,7 @@ def mass_of_few_rows(
             if q_pos is not None:
                 q_at = tl.load(q_pos + batch * qp_b + i)
             allowed = allowed & (k_at <= q_at)
-        added = mass(z, tl.load(lse + batch * l_b + head * l_h + i), row_weight, allowed)
+        added = mass(z, tl.load(lse + batch * l_b + head * l_h + i), row_weight, allowed, OWN)
         if PER_HEAD:
             total = tl.where(i == 0, 0.0, total) + added
             place = out + (batch * kv_heads * group + head) * keys + j
@@ -172,7 +184,7 @@ def mass_of_few_rows(
         tl.store(out + plane * keys + j, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def mass_of_parts(partial, out, parts, heads, keys, key_tiles, part_size, PARTS: tl.constexpr, BN: tl.constexpr):
     """[parts, outputs * heads, keys] to [outputs, keys]: add parts and heads."""
     output, tile = (tl.program_id(0) // key_tiles).to(tl.int64), tl.program_id(0) % key_tiles
@@ -205,6 +217,7 @@ def _column_mass(
     (batch, heads, width, dim), (_, kv_heads, keys, _) = q.shape, k.shape
     if not out.numel() or not width:
         return out.zero_()
+    own = lse is None
     if lse is None:
         lse = lse_launcher(q, k, scale, causal, q_pos, k_pos, key_valid, softcap, cu_seqlens)
     group, planes, per_head = heads // kv_heads, batch * kv_heads, reduce == "none"
@@ -232,9 +245,9 @@ def _column_mass(
     )  # fmt: skip
     if few:
         _launch.launch(
-            mass_of_few_rows, (planes, key_tiles), q, k, lse, query_weight, *masks, target,
-            kv_heads, group, width, keys, *strides, factor, cap, share,
-            warps=4, PER_HEAD=per_head, CAUSAL=causal, DIM=dim, ALIGN=logits.alignment(k),
+            mass_of_few_rows, (planes * key_tiles,), q, k, lse, query_weight, *masks, target,
+            kv_heads, group, width, keys, key_tiles, *strides, factor, cap, share,
+            warps=4, OWN=own, PER_HEAD=per_head, CAUSAL=causal, DIM=dim, ALIGN=logits.alignment(k),
             WIDE=_launch.next_power_of_2(dim), BN=bn,
         )  # fmt: skip
     else:
@@ -244,7 +257,7 @@ def _column_mass(
             q, k, lse, query_weight, *masks, cu_seqlens, target,
             kv_heads, group, width, keys, key_tiles, part_heads, part_tiles, partial_heads * keys, segments,
             *strides, factor, cap, share,
-            warps=warps, stages=stages, PER_HEAD=per_head, CAUSAL=causal,
+            warps=warps, stages=stages, OWN=own, PER_HEAD=per_head, CAUSAL=causal,
             SKIP=causal and q_pos is None and k_pos is None, STEPS=logits.steps_of(cu_seqlens), BM=bm, BN=bn,
             **common(q, k),
         )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,10 +51,34 @@ def load() -> str | None:
 
 
 @functools.cache
+def _library(device: str) -> Path | None:
+    """The library of this process: ops are registered once. One that suits the current GPU if there is one."""
+    path = None
+    if device == "cuda" and torch.cuda.is_available():
+        path = build.built(torch.cuda.get_device_capability())
+    return path or build.built()
+
+
+@torch.compiler.assume_constant_result
+def architecture_refusal(capability: _launch.Capability) -> str | None:
+    """Why the library has no code for a GPU of this compute capability, or None."""
+    path = _library(DEVICE)
+    if DEVICE != "cuda" or path is None:
+        return None
+    architectures = build.architectures_of(path)
+    if build.runs_on(architectures, capability):
+        return None
+    return (
+        f"its library was compiled for {', '.join(f'sm_{a}' for a in architectures)}, the GPU has "
+        f"{_dotted(capability)}: run python -m vlmeff_kernels.build --arch {capability[0]}{capability[1]}"
+    )
+
+
+@functools.cache
 def _load(device: str) -> str | None:
     if device == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
-    path = build.built()
+    path = _library(device)
     if path is None:
         return "not built: run python -m vlmeff_kernels.build"
     try:
@@ -90,7 +115,7 @@ class CudaKernel(_backend.Kernel):
         capability = _launch.capability_of(device)
         if capability < self.least:
             return f"it needs compute capability {_dotted(self.least)}, the GPU has {_dotted(capability)}"
-        return self.refuses(**arguments)
+        return architecture_refusal(capability) or self.refuses(**arguments)
 
 
 class GatherKV(CudaKernel):
@@ -148,6 +173,11 @@ class ActQuantInt8(CudaKernel):
         if smooth is not None and (smooth.dtype != torch.float32 or smooth.device != x.device):
             return f"smooth must be float32 on {x.device}, got {smooth.dtype} on {smooth.device}"
         return None
+
+    def bucket(self, *, x: Tensor, smooth: Tensor | None, bits: int, group: int) -> str:
+        """By dtype and size: what is below some 8 million numbers stays in the GPU's cache."""
+        size = "large" if x.numel() >= 2**23 else "small"
+        return f"{size}, {str(x.dtype).removeprefix('torch.')}{'' if smooth is None else ', smoothed'}"
 
     def run(self, *, x: Tensor, smooth: Tensor | None, bits: int, group: int) -> tuple[Tensor, Tensor]:
         taken: tuple[Tensor, Tensor] = call("act_quant_int8_cuda", x, smooth, bits)

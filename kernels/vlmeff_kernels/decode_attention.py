@@ -26,10 +26,14 @@ from vlmeff_kernels._library import call, define
 from vlmeff_kernels.logits import base_2, scales, subtrahend
 
 LEAST_DOT = 16  # rows, columns and depth of the smallest tensor-core product
-LARGEST_DIM = 256
+# Head dim up to -> logits (query heads of a key head, at least 16, times the columns of a tile) that a program has room
+# for: with more of them it spills, on sm_80 and sm_90 alike (compiled with a mask and a soft cap). What is left takes
+# 96 KiB of shared memory at most, which every GPU has, or 124 KiB where wide heads have a scale for a few keys each.
+MOST_LOGITS = {128: 2048, 256: 512}
+MOST_LOGITS_FLOAT32 = {64: 512}
+LEAST_WIDE_GROUP = 8
 LARGEST_GROUP = 64  # tokens of a group of keys: a tile holds whole groups
 LONG = 2048  # columns from which a cache counts as long
-MOST_ROWS = 64  # query heads of a key head
 MOST_SPLITS = 128
 LEAST_SPLIT = 128  # columns: shorter splits cost more in the second kernel than they hide
 TAIL_SPLIT = 64  # columns of a split that may be in full precision: it loads both forms
@@ -330,20 +334,35 @@ class DecodeAttention(Kernel):
             return f"it takes groups of keys of a power of two up to {LARGEST_GROUP} tokens, got {key_group}"
         if _launch.next_power_of_2(value_group) != value_group:
             return f"it takes groups of values of a power of two of channels, got {value_group}"
-        dims = q.shape[-1], values[3].shape[-1]
-        if max(dims) > LARGEST_DIM:
-            return f"it takes head dims up to {LARGEST_DIM}, got {max(dims)}"
+        limits = MOST_LOGITS_FLOAT32 if q.dtype == torch.float32 else MOST_LOGITS
+        dim = max(q.shape[-1], values[3].shape[-1])
+        if dim > max(limits):
+            return f"it takes head dims up to {max(limits)} of {q.dtype}, got {dim}"
         heads = q.shape[1] // keys[3].shape[1]
-        if heads > MOST_ROWS:
-            return f"it takes up to {MOST_ROWS} query heads on a key head, got {heads}"
+        logits = max(LEAST_DOT, _launch.next_power_of_2(heads)) * max(DEFAULT_TILE[0], key_group)
+        if logits > next(most for largest, most in limits.items() if dim <= largest):
+            return (
+                f"it has no room for {heads} query heads on a key head of {dim} channels of {q.dtype} with keys in "
+                f"groups of {key_group} tokens"
+            )
+        if dim > 128 and key_group < LEAST_WIDE_GROUP and _launch.shared_memory(q.device) == _launch.SMALL:
+            return (
+                f"with {_launch.SMALL} KiB of shared memory and {dim} channels it takes groups of keys of at least "
+                f"{LEAST_WIDE_GROUP} tokens, got {key_group}"
+            )
         return None
 
-    def bucket(self, *, q: Tensor, keys: list[Tensor], key_bits: int, value_bits: int, **_: Any) -> str:
-        """Bits, whether heads share keys, and whether the cache is long."""
+    def bucket(
+        self, *, q: Tensor, keys: list[Tensor], values: list[Tensor], key_bits: int, value_bits: int, key_group: Any,
+        **_: Any,
+    ) -> str:  # fmt: skip
+        """Bits, groups, head dim and dtype, which all make another kernel; whether heads share keys; the length."""
+        dim = max(64, _launch.next_power_of_2(max(q.shape[-1], values[3].shape[-1])))
         shared = "grouped heads" if q.shape[1] > keys[3].shape[1] else "single heads"
-        columns = keys[0].shape[2] + keys[3].shape[2]
-        length = "short" if columns < LONG else "long"
-        return f"int{key_bits}, {shared}, {length}{', float32' if q.dtype == torch.float32 else ''}"
+        length = "short" if keys[0].shape[2] + keys[3].shape[2] < LONG else "long"
+        bits = f"int{key_bits}" if key_bits == value_bits else f"int{key_bits} keys, int{value_bits} values"
+        wide = ", float32" if q.dtype == torch.float32 else ""
+        return f"{bits}, groups of {key_group}, head dim up to {dim}, {shared}, {length}{wide}"
 
     def run(
         self, *, q: Tensor, keys: list[Tensor], values: list[Tensor], key_bits: int, value_bits: int, key_group: int,

@@ -222,10 +222,14 @@ def wnan(
     store_tile(y, bias, out, m, n, column, rows, outputs)
 
 
+def _in_words(wq: Tensor) -> bool:
+    """Whether rows can be read as 16-bit words."""
+    return bool(wq.shape[1]) and wq.shape[1] % 2 == 0 and wq.stride(0) % 2 == 0 and wq.storage_offset() % 2 == 0
+
+
 def _words(wq: Tensor) -> Tensor:
     """Rows as 16-bit words where they can be read so, else as they are."""
-    even = wq.shape[1] % 2 == 0 and wq.stride(0) % 2 == 0 and wq.storage_offset() % 2 == 0
-    return wq.view(torch.int16) if even and wq.shape[1] else wq
+    return wq.view(torch.int16) if _in_words(wq) else wq
 
 
 def _left(q: Tensor) -> bool:
@@ -304,7 +308,7 @@ define(
 
 def _bytes_of(wq: Tensor) -> str:
     """Of a bucket: whether weights are unpacked byte by byte."""
-    return ", single bytes" if _words(wq) is wq else ""
+    return "" if _in_words(wq) else ", single bytes"
 
 
 def _width_refusal(width: int) -> str | None:

@@ -31,7 +31,7 @@ from vlmeff_kernels._backend import Kernel
 from vlmeff_kernels._library import call, define
 
 MEMORY_BOUND = 64  # rows up to which memory is taken to be the bound
-UNMASKED = 128  # channels: whole tiles whatever their size
+UNMASKED = 128  # K that is a multiple of it is cut into whole tiles, whatever their size
 TOGETHER = 8  # tiles of weights that go over all rows before the next ones
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FP8 = torch.float8_e4m3fn
@@ -154,7 +154,7 @@ def add_parts(parts, bias, out, count, size, N, BLOCK: tl.constexpr, UPCAST: tl.
     tl.store(out + i, rounded(y, DTYPE, UPCAST), mask=i < size)
 
 
-# (operands of tensor instructions in shared memory, x is float32, at most so many rows) -> (ROWS, OUTPUTS, INPUTS, warps, stages) of expand_and_multiply
+# (there is wgmma, x is float32), at most so many rows -> (ROWS, OUTPUTS, INPUTS, warps, stages) of expand_and_multiply
 TILES = {
     (True, False): {16: (16, 64, 128, 4, 4), 64: (64, 64, 64, 4, 4), 0: (128, 128, 64, 8, 3)},
     (False, False): {16: (16, 64, 128, 4, 4), 64: (64, 64, 64, 4, 3), 0: (128, 128, 32, 8, 3)},
@@ -254,7 +254,7 @@ class LinearWNA16(Kernel):
         most = next((most for most in (1, 16, MEMORY_BOUND) if len(x) <= most), None)
         rows = f"more than {MEMORY_BOUND} rows" if most is None else f"at most {most} rows"
         kind = "float8 weights" if wq.dtype == FP8 else f"{8 if bits == 8 else 4}-bit weights"
-        # What differs in the compiled kernel: how wide a weight's scale reaches, zero-points, rows that are read masked.
+        # All that makes another kernel: how far a scale reaches, zero-points, rows that are read masked.
         groups = f", groups of {group}" if ws.shape[1] > 1 else ""
         odd = ", unaligned" if _is_odd(x, wq) else ""
         wide = ", float32" if x.dtype == torch.float32 else ""

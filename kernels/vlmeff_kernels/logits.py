@@ -111,9 +111,10 @@ def tile_of(tiles: dict[str, tuple[int, int, int, int]], q: Tensor, rows: int) -
     """(BM, BN, warps, stages) from a kernel's table, for tiles out of ``rows`` query rows."""
     if _launch.INTERPRET:
         return 16, 16, 4, 1
+    wide = q.shape[-1] > 128
     if q.dtype == torch.float32:
-        return tiles["float32"]
-    if q.shape[-1] > 128:
+        return tiles["float32, wide heads" if wide else "float32"]
+    if wide:
         return tiles["wide heads"]
     return next((tiles[str(most)] for most in (16, 32, 64) if rows <= most), tiles["default"])
 

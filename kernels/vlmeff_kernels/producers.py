@@ -23,7 +23,7 @@ from torch import Tensor
 from vlmeff_kernels import _launch
 from vlmeff_kernels._backend import Kernel
 from vlmeff_kernels._library import call, define
-from vlmeff_kernels.quantize import ONE_PASS, channels_of, dtype_refusal, row_blocks, row_warps, size_of
+from vlmeff_kernels.quantize import ONE_PASS, and_smoothed, channels_of, dtype_refusal, row_blocks, row_warps, size_of
 from vlmeff_kernels.rounding import magnitude, number_of, rounded_to, symmetric_codes, symmetric_scale
 
 INT8_MAX = tl.constexpr(127.0)
@@ -112,7 +112,7 @@ def modulated(
     return after_smoothing(rounded_to(y, DTYPE), smooth, k, inside, SMOOTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def norm_quant_row(
     x, weight, bias, scale, shift, smooth, codes, scales, tokens, channels,
     x_b, x_t, scale_b, scale_t, shift_b, shift_t, eps,
@@ -225,7 +225,7 @@ class GeluQuantInt8(Kernel):
         return _length_refusal(x) or dtype_refusal(x, smooth=smooth)
 
     def bucket(self, *, x: Tensor, smooth: Tensor | None, approximate: str) -> str:
-        return f"{size_of(x)}, {'erf' if approximate == 'none' else approximate}"
+        return f"{size_of(x)}, {'erf' if approximate == 'none' else approximate}{and_smoothed(smooth)}"
 
     def run(self, *, x: Tensor, smooth: Tensor | None, approximate: str) -> Any:
         return call("gelu_quant_int8", x, smooth, approximate == "tanh")
@@ -237,8 +237,9 @@ class NormQuantInt8(Kernel):
     def refuses(self, *, x: Tensor, smooth: Tensor | None, **others: Any) -> str | None:
         return _length_refusal(x) or dtype_refusal(x, smooth=smooth)
 
-    def bucket(self, *, x: Tensor, **others: Any) -> str:
-        return size_of(x)
+    def bucket(self, *, x: Tensor, smooth: Tensor | None, kind: str, **factors: Any) -> str:
+        given = [name for name in ("weight", "bias", "scale", "shift") if factors.get(name) is not None]
+        return ", ".join([size_of(x), kind, *given]) + and_smoothed(smooth)
 
     def run(
         self,

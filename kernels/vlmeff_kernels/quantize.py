@@ -302,7 +302,11 @@ class ActQuantInt8(Kernel):
         return dtype_refusal(x, smooth=smooth)
 
     def bucket(self, *, x: Tensor, smooth: Tensor | None, bits: int, group: int) -> str:
-        return f"{size_of(x)}, {'a scale per group' if group else 'a scale per token'}"
+        if 0 < group < x.shape[1]:
+            scales = f"a scale for up to {_launch.next_power_of_2(group)} channels"
+        else:
+            scales = f"a scale per token{passes(x)}"
+        return f"{size_of(x)}, {scales}{and_smoothed(smooth)}"
 
     def run(self, *, x: Tensor, smooth: Tensor | None, bits: int, group: int) -> Any:
         return call("act_quant_int8", x, smooth, bits, group)
@@ -316,7 +320,7 @@ class ActQuantFp8(Kernel):
         return dtype_refusal(x, smooth=smooth)
 
     def bucket(self, *, x: Tensor, smooth: Tensor | None) -> str:
-        return size_of(x)
+        return size_of(x) + passes(x) + and_smoothed(smooth)
 
     def run(self, *, x: Tensor, smooth: Tensor | None) -> Any:
         return call("act_quant_fp8", x, smooth)
@@ -329,15 +333,24 @@ class ActQuantUint(Kernel):
         return dtype_refusal(x, clip=clip)
 
     def bucket(self, *, x: Tensor, bits: int, clip: Tensor | None, contain_zero: bool) -> str:
-        return size_of(x)
+        return size_of(x) + passes(x) + ("" if clip is None else ", clipped")
 
     def run(self, *, x: Tensor, bits: int, clip: Tensor | None, contain_zero: bool) -> Any:
         return call("act_quant_uint", x, bits, clip, contain_zero)
 
 
 def size_of(x: Tensor) -> str:
-    """The bucket: below some 8 million numbers the whole input stays in the GPU's cache."""
-    return "large" if x.numel() >= 2**23 else "small"
+    """Of a bucket: the dtype, and the size. Below some 8 million numbers the whole input stays in the GPU's cache."""
+    return f"{'large' if x.numel() >= 2**23 else 'small'}, {str(x.dtype).removeprefix('torch.')}"
+
+
+def passes(x: Tensor) -> str:
+    """Of a bucket: rows that do not fit in registers are read twice."""
+    return "" if x.shape[-1] <= ONE_PASS else ", two passes"
+
+
+def and_smoothed(smooth: Tensor | None) -> str:
+    return "" if smooth is None else ", smoothed"
 
 
 def dtype_refusal(x: Tensor, **factors: Tensor | None) -> str | None:

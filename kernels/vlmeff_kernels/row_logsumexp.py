@@ -35,11 +35,16 @@ TILES = {
     "default": (128, 64, 8, 3),
     "wide heads": (64, 64, 4, 2),
     "float32": (32, 64, 8, 2),
+    "float32, wide heads": (32, 32, 8, 2),
 }
 PARTIALS, JOINED_AT_ONCE = 2048, 256  # elements of the tile in which parts are joined, and parts in it at most
 
 
-@triton.jit
+# These differ from prompt to prompt. Triton compiles anew for a size that is 1 or a multiple of 16 unless told not to.
+VARYING = ("width", "keys", "row_tiles", "part", "parts", "all_rows", "segments", "qp_b", "kp_b", "kv_b")
+
+
+@triton.jit(do_not_specialize=VARYING)
 def lse_of_rows(
     q, k, q_pos, k_pos, key_valid, bounds, out,
     kv_heads, group, width, keys, row_tiles, part, all_rows, segments,
@@ -106,17 +111,17 @@ def lse_of_rows(
              lse, mask=inside)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lse_of_few_rows(
     q, k, q_pos, k_pos, key_valid, out,
-    kv_heads, group, width, keys, all_rows,
+    kv_heads, group, width, keys, parts, all_rows,
     q_b, q_h, q_w, k_b, k_h, k_s, qp_b, kp_b, kv_b,
     factor, cap,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    plane = tl.program_id(0).to(tl.int64)
+    plane, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     batch, kv_head = plane // kv_heads, plane % kv_heads
-    j = tl.program_id(1) * BN + tl.arange(0, BN)
+    j = part * BN + tl.arange(0, BN)
     d = tl.arange(0, WIDE)
     here = j < keys
     k_rows = batch * k_b + kv_head * k_h + j.to(tl.int64) * k_s
@@ -139,10 +144,10 @@ def lse_of_few_rows(
         z = tl.where(allowed, z, float("-inf"))
         less = subtrahend(tl.max(z, axis=0))
         lse = log_sum(less, tl.sum(tl.exp2(z - less), axis=0))
-        tl.store(out + tl.program_id(1).to(tl.int64) * all_rows + (batch * kv_heads * group + head) * width + i, lse)
+        tl.store(out + part.to(tl.int64) * all_rows + (batch * kv_heads * group + head) * width + i, lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lse_of_parts(partial, out, parts, all_rows, PARTS: tl.constexpr, ROWS: tl.constexpr):
     """[parts, all_rows] to [all_rows]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -191,8 +196,8 @@ def lse_launcher(
     masks = (q_pos, k_pos, logits.as_bytes(key_valid))
     if few:
         _launch.launch(
-            lse_of_few_rows, (planes, parts), q, k, *masks, target, kv_heads, group, width, keys, out.numel(),
-            *strides, factor, cap,
+            lse_of_few_rows, (planes * parts,), q, k, *masks, target,
+            kv_heads, group, width, keys, parts, out.numel(), *strides, factor, cap,
             warps=4, CAUSAL=causal, DIM=dim, ALIGN=logits.alignment(k),
             WIDE=_launch.next_power_of_2(dim), BN=part,
         )  # fmt: skip

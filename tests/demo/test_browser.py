@@ -282,7 +282,8 @@ def test_every_tab_fits_every_width_and_names_what_it_shows(visit: Callable[...,
             over = page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth")
             if over > 0:
                 faults.append(f"{tab} is {over} px wider than {width} px")
-            faults += [f"{tab} at {width} px: {fault}" for fault in unnamed(page)]
+            found = [*unnamed(page), *broken_words(page), *(cut_off(page) if tab == "Compare" else [])]
+            faults += [f"{tab} at {width} px: {fault}" for fault in found]
             shot = shots / f"{tab.lower()}-{width}.png"
             page.screenshot(path=shot, full_page=True)
             check_picture(shot, yellow=tab == "Compare")
@@ -319,6 +320,25 @@ def unnamed(page: Any) -> list[str]:
         ".map(i => i.closest('[id]')?.id + ' ' + i.src.split('/').pop())"
     )
     return [f"a {role} without a name" for role in roles if role in CONTROLS] + [f"no text for {p}" for p in pictures]
+
+
+def broken_words(page: Any) -> list[str]:
+    """Cells of tables that are too narrow for a word; only long ones (a hash, a call) may be broken anywhere."""
+    texts = page.evaluate("""() => [...document.querySelectorAll('th, td')].filter(cell => {
+        if (!cell.checkVisibility() || cell.children.length) return false;
+        const style = getComputedStyle(cell), pen = document.createElement('canvas').getContext('2d');
+        pen.font = style.font;
+        const room = cell.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+        return cell.innerText.split(/[\\s/-]+/).some(word => word.length <= 14 && pen.measureText(word).width > room + 1);
+    }).map(cell => cell.innerText)""")
+    return [f"no room for {text!r}" for text in texts]
+
+
+def cut_off(page: Any) -> list[str]:
+    """The map must be seen to its lower end."""
+    frame, picture = (page.locator(f"#compare-map{part}").first.bounding_box() for part in ("", " img"))
+    over = picture["y"] + picture["height"] - frame["y"] - frame["height"]
+    return [f"the map loses {over:.0f} px at its lower end"] if over > 1 else []
 
 
 def names(node: dict[str, Any]) -> bool:

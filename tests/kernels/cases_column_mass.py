@@ -12,6 +12,7 @@ from vlmeff import ops
 
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
 BOTH_PASSES = {"lse_of_rows": TENSOR_CORES, "mass_of_columns": TENSOR_CORES}
+FLOAT32 = {"lse_of_rows": {80: "FFMA", 90: "FFMA"}, "mass_of_columns": {80: "FFMA", 90: "FFMA"}}
 WIDE = ("lse_of_rows", "mass_of_columns")
 
 
@@ -64,6 +65,11 @@ CASES = [
     Case(
         "float32",
         lambda: mass((1, 32, 64, 128), (1, 32, 640, 128), torch.float32, causal=True),
-        {"lse_of_rows": {80: "FFMA", 90: "FFMA"}, "mass_of_columns": {80: "FFMA", 90: "FFMA"}},
+        FLOAT32,
+    ),
+    Case(
+        "float32 D=256, packed",
+        lambda: mass((640, 8, 256), (640, 8, 256), torch.float32, reduce="mean", cu_seqlens=meta(5, dtype=torch.int32)),
+        FLOAT32,
     ),
 ]  # fmt: skip

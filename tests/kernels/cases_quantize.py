@@ -43,6 +43,12 @@ CASES = [
         lambda: ops.act_quant_uint(meta(TOKENS, 5120), bits=4, clip=factors(2)),
         wide_loads=("unsigned_row",),
     ),
+    Case("act_quant_int8 K=20000", lambda: ops.act_quant_int8(meta(TOKENS, 20000)), wide_loads=("symmetric_long_row",)),
+    Case(
+        "act_quant_uint K=20000",
+        lambda: ops.act_quant_uint(meta(TOKENS, 20000), bits=4),
+        wide_loads=("unsigned_long_row",),
+    ),
     *(
         Case(
             f"gelu_quant_int8 K=13824 {approximate}",
@@ -60,5 +66,17 @@ CASES = [
             eps=1e-6,
         ),
         wide_loads=("norm_quant_row",),
+    ),
+    Case(
+        "norm_quant_int8 K=16383 float32, all factors",
+        lambda: ops.norm_quant_int8(
+            meta(1, TOKENS, 16383, dtype=torch.float32),
+            weight=factors(16383),
+            bias=factors(16383),
+            scale=meta(1, 1, 16383, dtype=torch.float32),
+            shift=meta(1, 1, 16383, dtype=torch.float32),
+            smooth=factors(16383),
+            eps=1e-6,
+        ),
     ),
 ]

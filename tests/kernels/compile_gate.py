@@ -28,7 +28,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 MANIFEST = HERE / "manifest"
 ARCHITECTURES = (80, 90)
-CAPABILITY = {80: (8, 0), 90: (9, 0)}
+CAPABILITY = {80: (8, 0), 89: (8, 9), 90: (9, 0), 120: (12, 0)}
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
     torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
@@ -62,10 +62,11 @@ def launches_of(case: Case, architecture: int) -> list[Any]:
     return record.launches
 
 
-def source(launch: Any) -> Any:
-    """As Triton's own specialisation: ones are constants, multiples of 16 are known to be."""
-    from triton.compiler import ASTSource
+def specialisation(launch: Any) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """(types, constants, known alignment) of the arguments: a launch that differs in any of them is compiled anew.
 
+    As Triton's own specialisation: ones are constants, multiples of 16 are known to be; neither of arguments that
+    the kernel excepts from it."""
     names = launch.kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -73,28 +74,31 @@ def source(launch: Any) -> Any:
     given = dict(zip(names, launch.arguments, strict=False)) | launch.constexprs
     for position, name in enumerate(names):
         value, parameter = given[name], launch.kernel.params[position]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
             signature[name], constants[position,] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
-            if value.storage_offset() * value.element_size() % 16 == 0:
+            if special and value.storage_offset() * value.element_size() % 16 == 0:
                 attributes[position,] = [["tt.divisibility", 16]]
         elif type(value) is int:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[position,] = [["tt.divisibility", 16]]
         else:
             assert type(value) is float, f"{launch.name}: {name} is {value!r}"
             signature[name] = "fp32"
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    return signature, constants, attributes
 
 
 def compiled(launch: Any, architecture: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    binary = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=options)
+    source = ASTSource(launch.kernel, *specialisation(launch))
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])

@@ -24,9 +24,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    cuda_ops._load.cache_clear()
+    for remembered in (cuda_ops._load, cuda_ops._library):
+        remembered.cache_clear()
     yield tmp_path / "cache"
-    cuda_ops._load.cache_clear()
+    for remembered in (cuda_ops._load, cuda_ops._library):
+        remembered.cache_clear()
 
 
 @pytest.fixture
@@ -138,6 +140,37 @@ def test_a_library_that_does_not_load_is_warned_of_and_refused(compiler: Path, m
     assert str(path) in reason
     assert "--force" in reason
     assert cuda_ops.load() == reason
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not"),
+    [
+        (("80", "90"), [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 5)]),  # PTX of 9.0 for what is newer
+        (("90",), [(9, 0), (10, 3)], [(8, 0), (8, 9)]),
+        (("86",), [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+        (("80", "90a"), [(8, 0), (8, 9), (9, 0)], [(10, 0), (12, 0)]),
+        (("120",), [(12, 0), (12, 1)], [(9, 0), (10, 0)]),
+        (("100f",), [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+    ids=str,
+)
+def test_a_library_runs_where_it_has_code(
+    architectures: tuple[str, ...], runs: list[tuple[int, int]], does_not: list[tuple[int, int]], compiler: Path
+) -> None:
+    path = build.build(architectures=architectures)
+    assert build.architectures_of(path) == architectures
+    assert [capability for capability in [*runs, *does_not] if build.built(capability) == path] == runs
+
+
+def test_a_gpu_that_the_library_was_not_compiled_for_is_refused_with_the_command(compiler: Path) -> None:
+    build.build(architectures=("90",))
+    assert cuda_ops.architecture_refusal((9, 0)) is None
+    reason = "compiled for sm_90, the GPU has 8.6: run python -m vlmeff_kernels.build --arch 86"
+    assert reason in str(cuda_ops.architecture_refusal((8, 6)))
+    cuda_ops._library.cache_clear()
+    build.build(architectures=("86",))  # the newest
+    assert build.built((8, 0)) is None
+    assert build.built((8, 9)) == build.library_path(("86",))
 
 
 def test_tensors_elsewhere_are_refused_before_anything_is_loaded() -> None:

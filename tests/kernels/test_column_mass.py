@@ -275,6 +275,25 @@ def test_a_nan_spoils_what_depends_on_it_and_nothing_else(width: int, device: to
     assert on_triton(q, k, scale=0.25, causal=True, key_valid=padding)[:, 2:].isfinite().all()
 
 
+@pytest.mark.parametrize("given", ["its own lse", "an lse"])
+@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize("width", [2, 10])
+def test_an_infinity_spoils_what_the_reference_says_it_does(
+    width: int, where: str, given: str, device: torch.device
+) -> None:
+    q, k = random_qk(device, width=width)
+    (q if where == "q" else k)[0, 1, 1, 3] = torch.inf
+    arguments: dict[str, Any] = {"scale": 0.25, "causal": True}
+    with ops.backend("reference"):
+        if given == "an lse":
+            arguments["lse"] = ops.row_logsumexp(q, k, **arguments)
+        expected = ops.attention_column_mass(q, k, **arguments)
+    got = on_triton(q, k, **arguments)
+    assert expected.isnan().any()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert relative_error(got.nan_to_num(), expected.nan_to_num().double()) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("width", [2, 20])
 def test_rows_that_see_nothing_add_nothing(width: int, device: torch.device) -> None:
     q, k = random_qk(device, kv_heads=1, width=width)

@@ -15,6 +15,8 @@ from vlmeff.errors import BackendUnavailableError
 from vlmeff.ops import StoredStates
 
 pytest.importorskip("triton")
+from vlmeff_kernels import _launch
+
 # Relative to the Frobenius norm of the output in float64. Outputs in half precision are compared with the oracle's
 # rounded as well: an ulp here and there, where the two lie on either side of half way.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 3e-4}
@@ -98,11 +100,14 @@ def test_any_shape_equals_each_entry_written_out(data: Any, device: torch.device
     total = draw(st.integers(1, 150))
     tokens = draw(st.integers(0, total)), draw(st.integers(0, total))
     value_group = draw(st.sampled_from([8, 16, 32]))
-    dims = draw(st.sampled_from([16, 24, 40, 64])), value_group * draw(st.integers(1, 3))
+    whole = dtype == torch.float32  # takes half as much of everything
+    value_dims = [d for n in (1, 2, 3) if (d := n * value_group) <= (64 if whole else 96)]
+    dims = draw(st.sampled_from([16, 24, 40, 64])), draw(st.sampled_from(value_dims))
+    key_groups = [1, 8, 32] if whole else [1, 8, 32, 64]
     bits = draw(st.sampled_from([8, 4, 2])), draw(st.sampled_from([8, 4, 2]))
     q, keys, values = case(
         batch=draw(st.integers(1, 2)), heads=draw(st.integers(1, 2)), group=draw(st.sampled_from([1, 2, 7])),
-        tokens=tokens, total=total, dims=dims, bits=bits, groups=(draw(st.sampled_from([1, 8, 32, 64])), value_group),
+        tokens=tokens, total=total, dims=dims, bits=bits, groups=(draw(st.sampled_from(key_groups)), value_group),
         dtype=dtype, device=device,
     )  # fmt: skip
     valid = torch.rand(len(q), total, device=device) < 0.7 if draw(st.booleans()) else None
@@ -110,6 +115,15 @@ def test_any_shape_equals_each_entry_written_out(data: Any, device: torch.device
     got = run(q, keys, values, **options)
     assert (got.shape, got.dtype) == ((*q.shape[:3], dims[1]), dtype)
     assert off(got, oracle(q, keys, values, **options)) < TOLERANCE[dtype]
+
+
+def test_little_shared_memory_leaves_no_room_for_many_scales() -> None:
+    q, keys, values = case(group=1, dims=(256, 32), groups=(4, 32), dtype=torch.bfloat16, device=torch.device("meta"))
+    with _launch.recording((9, 0)) as record:
+        run(q, keys, values, scale=0.2)
+    assert record.launches
+    with _launch.recording((12, 0)), ops.backend("triton"), pytest.raises(BackendUnavailableError, match="99 KiB"):
+        ops.quantized_decode_attention(q, keys, values, scale=0.2)
 
 
 def test_more_splits_than_are_combined_at_a_time(device: torch.device) -> None:
@@ -210,8 +224,12 @@ REFUSED: dict[str, Any] = {
     "different sizes": {"sizes": (40, 30, 26)},
     r"power of two up to 64 tokens, got 24": {"groups": (24, 32)},
     r"groups of values of a power of two of channels, got 20": {"dims": (32, 80), "groups": (32, 20)},
-    r"head dims up to 256, got 288": {"dims": (288, 32)},
-    r"up to 64 query heads on a key head, got 65": {"group": 65},
+    r"head dims up to 256 of torch.bfloat16, got 288": {"dims": (288, 32), "dtype": torch.bfloat16},
+    r"head dims up to 64 of torch.float32, got 96": {"dims": (32, 96)},
+    r"no room for 17 query heads": {"group": 17},
+    r"no room for 65 query heads": {"group": 65, "dtype": torch.float16},
+    r"no room for 17 query heads on a key head of 160": {"group": 17, "dims": (32, 160), "dtype": torch.float16},
+    r"with keys in groups of 64 tokens": {"group": 1, "dims": (256, 32), "groups": (64, 32), "dtype": torch.bfloat16},
 }
 
 

@@ -170,8 +170,12 @@ def test_few_tokens_get_a_narrow_tile_and_a_bucket_of_their_own() -> None:
     assert tile(4096, 512, (9, 0)) == (128, 256)
     assert tile(4096, 512, (8, 0)) == (128, 128)
     assert tile(4096, 511, (9, 0)) == (64, 64)
-    buckets = [W8A8_INT8.bucket(q=torch.empty(m, 1)) for m in (0, 16, 17, 64, 65, 512, 513)]
+    assert tile(4096, 512, (12, 0)) == (128, 128)  # newer, and with less shared memory
+    wq = torch.empty(3, 32)
+    buckets = [W8A8_INT8.bucket(q=torch.empty(m, 32), wq=wq) for m in (0, 16, 17, 64, 65, 512, 513)]
     assert buckets == ["M <= 16"] * 2 + ["M <= 64"] * 2 + ["M <= 512"] * 2 + ["M > 512"]
+    assert W8A8_INT8.bucket(q=torch.empty(3, 31), wq=wq[:, :31]) == "M <= 16, unaligned"
+    assert W8A8_INT8.bucket(q=torch.empty(3, 16), wq=torch.empty(3, 24)[:, :16]) == "M <= 16, unaligned"
 
 
 def test_other_output_dtypes_are_refused(device: torch.device) -> None:

@@ -177,7 +177,7 @@ def rows(now: Comparison) -> list[Row]:
         out.append(_row(now, "peak device memory, MiB", lambda d: _over(d.peak_bytes, MIB), "{:.0f}"))
     same = {None: "-", True: "yes", False: "no"}
     out.append(Row("same answer", ("", *(same[now.same_answer(name)] for name in now.runs[1:]))))
-    ran = {name: f"{number}." for number, name in enumerate(now.order, 1)}
+    ran = dict(zip(now.order, ("first", "second", "third"), strict=False))
     known = now.choice is not PLAIN
     out.append(Row("order of the runs", tuple(ran[name] if known else "-" for name in now.runs)))
     return out

@@ -332,7 +332,7 @@ def prepare_turns(processor: Any, turns: Sequence[Turn]) -> Any:
     if videos:
         if getattr(processor, "video_processor", None) is None:
             raise UnsupportedModelError(
-                f"demo: a model with a {type(processor).__name__} takes no videos; choose one that does, such as tiny-qwen."
+                f"demo: a model with a {type(processor).__name__} takes no videos; choose one that does, as tiny-qwen."
             )
         # They are sampled already; the metadata says when each frame was.
         metadata = [part["metadata"] for part in videos]

@@ -39,8 +39,9 @@ def draw_digits(digit: int, *, mode: str, seed: int, count: int = 4) -> Drawn:
     """
     if mode not in MODES or digit not in DIGITS:
         raise ConfigError(f"demo: mode must be one of {', '.join(MODES)} and the digit 0 to 9.")
+    from vlmeff.loading import load
     from vlmeff.models.mar.comparing import compare_modes
-    from vlmeff.models.mar.loading import load_draft, load_mar
+    from vlmeff.models.mar.loading import load_draft
     from vlmeff.models.mar.sheet import draw_sheet
     from vlmeff.speculative.continuous import Continuous
     from vlmeff.wrapping import wrap
@@ -49,7 +50,7 @@ def draw_digits(digit: int, *, mode: str, seed: int, count: int = 4) -> Drawn:
     with _lock:
         # Anew for each call, which takes a tenth of a second and leaves nothing of the last visitor's settings.
         draft = load_draft() if config.needs_draft else None
-        target = wrap(load_mar("tiny-mar"), None, continuous=config, draft=draft)
+        target = wrap(load("tiny-mar")[0], None, continuous=config, draft=draft)
         compared = compare_modes(target, [digit] * count, config=config, seed=seed)
     plain = compared.plain
     rows = []

@@ -9,7 +9,7 @@ from typing import Any
 BASELINE, PRESET = "#7a8794", "#0b8f6a"
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
 #head { align-items: center; }
 .vl-head h1 { font-size: 1.5rem; margin: 0; }
 .vl-head p, .vl-note { color: var(--body-text-color-subdued); margin: .15rem 0 0; }
@@ -17,8 +17,10 @@ CSS = """
 .vl-verdict { min-height: 3.2rem; overflow-wrap: anywhere; }
 .vl-block { margin: 0 0 1.4rem; overflow-x: auto; }
 .vl-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.vl-table, .vl-table thead, .vl-table tbody, .vl-table tr { border: 0 !important; }
 .vl-table th, .vl-table td { padding: .3rem .6rem !important; border: 0 !important;
-  border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: anywhere; vertical-align: top; }
+  border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: top; }
+.vl-scroll { overflow-x: auto; }
 .vl-table th { text-align: left; font-weight: 600; }
 .vl-table td { text-align: right; }
 .vl-table thead th { text-align: right; color: var(--body-text-color-subdued); }
@@ -31,16 +33,16 @@ CSS = """
   vertical-align: -.1rem; border: 1px solid var(--border-color-primary); }
 .vl-bars { display: grid; grid-template-columns: auto 1fr; gap: .45rem .8rem; align-items: center; }
 .vl-bars .name { min-width: 0; }
-.vl-bars .pair { display: grid; gap: 2px; }
+.vl-bars .pair { display: grid; gap: 2px; min-height: calc(2rem + 2px); }
 .vl-bars .bar { display: flex; align-items: center; gap: .4rem; font-size: .8rem; line-height: 1rem; height: 1rem; }
 .vl-bars .bar b { display: block; height: .6rem; border-radius: .15rem; min-width: 2px; }
 .vl-examples table, .vl-examples tbody { display: block; }
 .vl-examples thead { display: none; }
 .vl-examples tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: .4rem; }
-.vl-examples tr { display: flex; align-items: center; gap: .5rem; border: 1px solid var(--border-color-primary) !important;
-  border-radius: .4rem; padding: .25rem .4rem; background: var(--background-fill-secondary) !important; }
+.vl-examples tr { display: flex; align-items: center; gap: .5rem; border-radius: .4rem; padding: .25rem .4rem;
+  border: 1px solid var(--border-color-primary) !important; background: var(--background-fill-secondary) !important; }
 .vl-examples td { border: 0 !important; padding: 0 !important; text-align: left !important; min-width: 0; }
-.vl-examples td > div { justify-content: flex-start; }
+.vl-examples td:first-child { flex: 0 0 3rem; }
 .vl-examples .container, .vl-examples img { width: 3rem !important; height: 3rem !important; max-width: 3rem;
   border-width: 0; object-fit: cover; }
 .vl-examples .table-wrap { border: 0 !important; overflow: visible; }
@@ -49,7 +51,7 @@ CSS = """
   .vl-table th, .vl-table td { padding: .25rem .3rem !important; font-size: .9rem; }
   .vl-text th[scope=row] { white-space: normal; }
   .vl-examples tbody { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 11.5rem;
-    overflow-x: auto; padding-bottom: .4rem; }
+    overflow-x: auto; padding-bottom: .4rem; contain: inline-size; }
 }
 """
 
@@ -69,7 +71,8 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], *, caption: str = 
         lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     kind = "vl-table vl-text" if text else "vl-table"
-    return f'<table class="{kind}">{title}<thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    head_and_body = f"{title}<thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="vl-scroll"><table class="{kind}">{head_and_body}</table></div>'
 
 
 def bars(shares: Iterable[tuple[str, float | None]], *, run: str = "preset") -> str:
@@ -81,11 +84,9 @@ def bars(shares: Iterable[tuple[str, float | None]], *, run: str = "preset") -> 
     longest = max([1.0, *(share for _, share in shares if share is not None)])
     lines = []
     for name, share in shares:
-        both = ((1.0, BASELINE), (share, PRESET)) if share is not None else ((None, ""), (None, ""))
+        both = ((1.0, BASELINE), (share, PRESET)) if share is not None else ()
         pair = "".join(
-            '<div class="bar"></div>'
-            if value is None
-            else f'<div class="bar"><b style="width:{80 * value / longest:.1f}%;background:{color}"></b>{value:.0%}</div>'
+            f'<div class="bar"><b style="width:{80 * value / longest:.1f}%;background:{color}"></b>{value:.0%}</div>'
             for value, color in both
         )
         label = html.escape(f"{name}: not measured yet" if share is None else f"{name}: {share:.0%} of the baseline")
@@ -103,6 +104,11 @@ def _rgb(color: str) -> tuple[int, int, int]:
 def legend(entries: Iterable[tuple[str, tuple[int, int, int]]], text: str = "") -> str:
     parts = [f'<span><i style="background:rgb{tuple(color)}"></i>{html.escape(name)}</span>' for name, color in entries]
     return f'<div class="vl-legend"><strong>{html.escape(text)}</strong>{"".join(parts)}</div>'
+
+
+def room(lines: int) -> str:
+    """Empty space of as many lines of a table as are still to come."""
+    return f'<div style="height:{2.1 * lines:.1f}rem"></div>' if lines > 0 else ""
 
 
 def status(text: str) -> str:

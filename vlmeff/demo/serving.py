@@ -86,13 +86,13 @@ def serve_demo(
             server_name=host,
             server_port=port or _free_port(host),
             auth=auth,
-            blocked_paths=[str(Path.cwd())],
+            blocked_paths=_blocked(),
             prevent_thread_lock=True,
             quiet=True,
             **launch_options(site),
         )
-    except OSError as error:
-        raise ConfigError(f"--port {port}: {error}") from error
+    except OSError as error:  # Gradio's own text speaks of options that this command does not have
+        raise ConfigError(f"--port {port}: {host} cannot listen there; is it in use? 0 takes a free port.") from error
     say(f"the demo is at {demo.local_url}  (Ctrl-C ends it)")
     if block:
         try:
@@ -100,6 +100,14 @@ def serve_demo(
         finally:
             demo.close()
     return demo
+
+
+def _blocked() -> list[str]:
+    """The working directory, of which nothing is served; what holds the uploads cannot be blocked without them."""
+    from gradio.utils import get_upload_folder
+
+    uploads, here = Path(get_upload_folder()).resolve(), Path.cwd().resolve()
+    return [] if uploads.is_relative_to(here) else [str(here)]
 
 
 def _free_port(host: str) -> int:

@@ -77,6 +77,12 @@ def sweep(
     yield replace(now, status="stopped" if stop.asked else "done")
 
 
+def accuracy(points: Sequence[Point]) -> tuple[int, int]:
+    """(right answers, answers that were judged)."""
+    judged = [point.correct for point in points if point.correct is not None]
+    return sum(judged), len(judged)
+
+
 def _run(
     engine: Answering,
     picture: Image.Image,

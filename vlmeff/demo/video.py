@@ -1,4 +1,4 @@
-"""A visitor's video: a few frames of it, and a question about them, answered by the model as it is and with a preset."""
+"""A visitor's video: a few frames of it, and a question about them, answered as it is and with a preset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vlmeff.demo.compare import PLAIN, Comparison, Side
-from vlmeff.demo.engine import Choice, Done, Engine, Note, Stop, Text, video_turn
+from vlmeff.demo.engine import Answering, Choice, Done, Note, Stop, Text, video_turn
 from vlmeff.errors import DataError, MissingExtraError
 from vlmeff.vlm.clips import select_clips
 
@@ -32,7 +32,7 @@ UNREADABLE = "That file cannot be read as a video; use mp4, mov, webm, mkv, avi 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames of a video of ``duration`` seconds. ``of``: frames that were sampled evenly; ``indices``: these, of them."""
+    """Frames of a video of ``duration`` seconds: numbers ``indices`` of the ``of`` that were sampled evenly."""
 
     frames: list[Image.Image]
     indices: list[int]
@@ -112,7 +112,7 @@ def choose_frames(clip: Clip, question: str) -> Clip:
 
 
 def ask_video(
-    engine: Engine,
+    engine: Answering,
     clip: Clip,
     question: str,
     choice: Choice,
@@ -128,7 +128,7 @@ def ask_video(
     """
     stop = stop if stop is not None else Stop()
     turns = [video_turn(question, clip.frames, clip.metadata)]
-    now = Comparison(status="starting")
+    now = Comparison(status="starting", choice=choice)
     yield now
     for label, how in (("baseline", PLAIN), ("preset", choice)):
         if stop.asked:
@@ -151,7 +151,5 @@ def kept(clip: Clip, done: Done) -> list[tuple[Image.Image, str]]:
     together = -(-len(clip.frames) // len(done.maps))  # Qwen's models merge two frames into one slice
     out = []
     for number, one in enumerate(done.maps):
-        times = clip.seconds[number * together : (number + 1) * together]
-        span = f"{times[0]:.1f} s" if len(times) < 2 else f"{times[0]:.1f} to {times[-1]:.1f} s"
-        out.append((one.after, f"{span}: {one.kept} of {one.total}"))
+        out.append((one.after, f"{clip.seconds[number * together]:.1f} s: {one.kept} of {one.total}"))
     return out

@@ -53,13 +53,15 @@ def about(site: Site, name: str) -> str:
     ]
     figures = _figures(name)
     parts = [
-        look.table(["what runs here", ""], facts),
-        look.table(["preset", "in short", "steps", "status"], presets),
+        look.table(["what runs here", ""], facts, text=True),
+        look.table(["preset", "in short", "steps", "status"], presets, text=True),
     ]
     if figures:
-        head = ["benchmark", "preset", "baseline", "with the preset", "measured in"]
-        parts.append(look.table(head, figures, caption="Measured with vlmeff eval; the files are in the repository."))
-    parts += [look.table(["package", "version"], versions), look.note(PRIVACY)]
+        caption = "Scores (100 is best), measured with vlmeff eval. The files are in the repository: "
+        caption += ", ".join(sorted({source for *_, source in figures}))
+        head = ["benchmark and metric", "preset", "baseline", "with the preset"]
+        parts.append(look.table(head, [row[:-1] for row in figures], caption=caption))
+    parts += [look.table(["package", "version"], versions, text=True), look.note(PRIVACY)]
     return "".join(f'<div class="vl-block">{part}</div>' for part in parts)
 
 

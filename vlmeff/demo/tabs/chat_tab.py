@@ -20,14 +20,13 @@ from vlmeff.demo.site import QUEUE, Site, shown
 
 TAB = "chat"
 BASELINE = "baseline"
-STARTERS = [example for example in EXAMPLES if example.file != "easy-vqa-2.png"][:4]
+STARTERS = [example for example in EXAMPLES if example.file in ("four-shapes.png", "scene-1.png")]
 PLACEHOLDER = "Add pictures, ask a question, press Enter."
 
 
 def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     """Make the tab's components and events; returns the dropdown of presets, which follows the model."""
     past = gr.State([])  # of Message
-    presets = site.presets()
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=320):
             chat = gr.Chatbot(
@@ -39,19 +38,18 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
                 placeholder=PLACEHOLDER, max_lines=6, elem_id="chat-box",
             )  # fmt: skip
             gr.Examples(
-                [[_message(example)] for example in STARTERS], inputs=[box], label="Examples: click, then press Enter",
-            )  # fmt: skip
-        with gr.Column(scale=1, min_width=240):
+                [[_message(example)] for example in STARTERS], inputs=[box], label="Examples: click, then press Enter"
+            )
+        with gr.Column(scale=1, min_width=270):
             preset = gr.Dropdown(
-                [BASELINE, *presets], value="fast" if "fast" in presets else BASELINE, label="Preset",
+                [BASELINE, *site.presets()], value=site.favourite(), label="Preset",
                 info="Of the next answer; the pictures of earlier turns count too.", elem_id="chat-preset",
             )  # fmt: skip
             longest = gr.Slider(
                 1, site.limits.max_new_tokens, value=64, step=1, label="Longest answer, tokens", elem_id="chat-longest"
             )
-            with gr.Row():
-                stop = gr.Button("Stop", min_width=80, elem_id="chat-stop")
-                clear = gr.Button("New conversation", min_width=140, elem_id="chat-clear")
+            stop = gr.Button("Stop", elem_id="chat-stop")
+            clear = gr.Button("New conversation", elem_id="chat-clear")
             status = gr.HTML(look.status(""), elem_id="chat-status")
             cost = gr.HTML(_cost(None), elem_id="chat-cost")
 
@@ -68,6 +66,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
         flag = site.begin(request.session_hash, TAB)
         locked = gr.MultimodalTextbox(value=None, interactive=False)
         yield messages, _log(messages), locked, look.status("starting"), gr.skip()
+        last: tuple[Any, ...] = messages, _log(messages), gr.skip()
         choice = Choice() if name == BASELINE else Choice(preset=name)
         for news in site.engine.answer(turns, choice, model=model_name, max_new_tokens=int(tokens), stop=flag):
             if isinstance(news, Note):
@@ -76,9 +75,11 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
             # An answer that was stopped before its first word leaves no empty bubble.
             so_far = [*messages, Message("assistant", news.text)] if news.text or not flag.asked else messages
             figures = _cost(news) if isinstance(news, Done) else gr.skip()
+            last = so_far, _log(so_far), figures
             yield so_far, _log(so_far), gr.skip(), look.status("answering"), figures
-        end = "stopped" if flag.asked else ""
-        yield gr.skip(), gr.skip(), gr.MultimodalTextbox(interactive=True), look.status(end), gr.skip()
+        # Whole, because a caller of the API gets only what was said last.
+        so_far, log, figures = last
+        yield so_far, log, gr.MultimodalTextbox(interactive=True), look.status("stopped" if flag.asked else ""), figures
 
     def halt(request: gr.Request) -> tuple[Any, str]:
         site.stop(request.session_hash, TAB)
@@ -128,7 +129,7 @@ def _log(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _cost(done: Done | None) -> str:
     """The figures of an answer; dashes where there is none, so that the table is there from the start."""
-    lines = [("visual tokens", "-"), ("prompt tokens", "-"), ("KV cache, MiB", "-"), ("time to first token, ms", "-")]
+    lines = [("visual tokens", "-"), ("prompt tokens", "-"), ("KV cache, MiB", "-"), ("first token, ms", "-")]
     lines += [("total time, ms", "-"), ("tokens per second", "-"), ("new tokens", "-")]
     if done is not None and done.report.total_ms is not None:
         r = done.report

@@ -23,13 +23,18 @@ NOISE = (
     "Before its first measured run each setting makes a warm-up run that is not measured. The baseline and the preset "
     "take turns at going first. Single runs are noisy; vlmeff eval measures many, with intervals."
 )
-SAVING = "Saving writes the picture, the question, the answers and the figures to a folder of the machine that serves this page."
+SAVING = (
+    "Saving writes the picture, the question, the answers and the figures to a folder of the machine that serves this "
+    "page."
+)
+HINT = "Click an example, or drop a picture and ask about it; then run both."
 NO_MAP = "Which patches were kept: run a comparison first."
 
 
 def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     """Make the tab's components and events; returns the dropdown of presets, which follows the model."""
     turns = gr.State(0)  # clicks so far: which run goes first
+    examples = gr.Column(elem_classes="vl-examples")
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             picture = gr.Image(
@@ -59,14 +64,14 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
                 )  # fmt: skip
                 seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed of random places")
         with gr.Column(scale=3, min_width=320):
-            status = gr.HTML(look.status(""), elem_id="compare-status")
+            status = gr.HTML(look.status(HINT), elem_id="compare-status")
             with gr.Row():
                 left = _answer("Baseline", "compare-baseline")
                 right = _answer("Preset", "compare-answer")
                 third = _answer("Control", "compare-third", visible=False)
             slider = gr.ImageSlider(
                 label="Left of the handle: what the model saw; right: what was kept", format="png",
-                interactive=False, height=360, buttons=["fullscreen"], elem_id="compare-map",
+                interactive=False, height=360, max_height=360, buttons=["fullscreen"], elem_id="compare-map",
             )  # fmt: skip
             said = gr.HTML(look.legend([], NO_MAP), elem_id="compare-legend")
             tiles = gr.Gallery(label="Tiles", visible=False, columns=4, height=260, format="png", interactive=False)
@@ -79,10 +84,11 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     gr.HTML(look.note(NOISE))
     if site.log_dir is not None:
         _saving(site)
-    with gr.Column(elem_classes="vl-examples"):
+    with examples:
         gr.Examples(
             [[example.path, example.question] for example in EXAMPLES],
-            inputs=[picture, question], label="Examples: a picture and a question, one click each", examples_per_page=10,
+            inputs=[picture, question], label="Examples: a picture and a question, one click each",
+            examples_per_page=10,
         )  # fmt: skip
 
     outputs = [status, left, right, third, figures, judged, chart, said, slider, tiles]
@@ -114,7 +120,8 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
             yield (*_changed(before, page), count)
         if now.finished:
             site.keep(request.session_hash, Kept(now, seen, asked, model_name))
-        yield (*[gr.skip()] * len(outputs), count + 1)
+        # All texts once more, because the last piece of news is a client's result.
+        yield (*[gr.skip() if isinstance(part, tuple) else part for part in page], count + 1)
 
     def halt(request: gr.Request) -> str:
         site.stop(request.session_hash, TAB)
@@ -143,7 +150,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
 
 def _answer(label: str, elem_id: str, *, visible: bool = True) -> gr.Textbox:
     return gr.Textbox(
-        label=label, lines=4, max_lines=4, interactive=False, min_width=140, elem_id=elem_id, visible=visible
+        label=label, lines=5, max_lines=5, interactive=False, min_width=140, elem_id=elem_id, visible=visible
     )
 
 

@@ -14,6 +14,11 @@ from vlmeff.demo import look
 from vlmeff.demo.generators import DIGITS, MODES, PROMPTS, Drawn, draw_digits, make_clip, missing_extra
 from vlmeff.demo.site import QUEUE, Site, shown
 
+MODES_SAY = (
+    "coupled: nearly the same pictures; exact: other pictures by nearly the same law; cspd: approximate, leans to the "
+    "draft model's."
+)
+
 
 def build(site: Site) -> None:
     """Make the tab's components and events."""
@@ -28,12 +33,14 @@ def _pictures() -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=260):
             digit = gr.Dropdown(list(DIGITS), value=3, label="Digit", elem_id="generate-digit")
-            mode = gr.Dropdown(list(MODES), value="coupled", label="Speculation")
+            mode = gr.Dropdown(
+                list(MODES), value="coupled", label="Speculation", info=MODES_SAY, elem_id="generate-mode"
+            )
             seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
             run = gr.Button("Draw", variant="primary", elem_id="generate-draw")
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(look.status(""))
-            sheet = gr.Image(label="Samples of every run, from the same noise", format="png", height=420, buttons=[],
+            sheet = gr.Image(label="Samples of every run", show_label=False, format="png", height=420, buttons=[],
                              interactive=False, elem_id="generate-sheet", alt_text="Sheet of drawn digits")  # fmt: skip
             figures = gr.HTML("", elem_id="generate-figures", min_height=160)
 
@@ -43,8 +50,11 @@ def _pictures() -> None:
         drawn = draw_digits(int(number), mode=how, seed=int(start or 0))
         yield look.status(""), drawn.sheet, _figures(drawn)
 
-    run.click(draw, [digit, mode, seed], [status, sheet, figures], api_name="draw", concurrency_id=QUEUE,
+    event = run.click(draw, [digit, mode, seed], [status, sheet, figures], api_name="draw", concurrency_id=QUEUE,
               concurrency_limit=1, show_progress="hidden")  # fmt: skip
+    event.failure(
+        lambda: look.status(""), None, [status], api_visibility="private", queue=False, show_progress="hidden"
+    )
 
 
 def _videos(site: Site) -> None:
@@ -66,7 +76,8 @@ def _videos(site: Site) -> None:
             with gr.Row():
                 plain = gr.Video(label="Unwrapped", height=260, autoplay=True, loop=True, interactive=False, buttons=[])
                 fast = gr.Video(label="Preset", height=260, autoplay=True, loop=True, interactive=False, buttons=[])
-            sheet = gr.Image(label="Frames of both", format="png", height=260, buttons=[], interactive=False,
+            sheet = gr.Image(label="Frames of both", show_label=False, format="png", height=260, buttons=[],
+                             interactive=False,
                              alt_text="Frames of the unwrapped clip above those of the preset's")  # fmt: skip
             figures = gr.HTML("", min_height=120)
 
@@ -81,8 +92,11 @@ def _videos(site: Site) -> None:
                     clips = [str(clip) for clip in news.clips]
                     yield look.status(""), *clips, news.sheet, _figures(news)
 
-    run.click(make, [prompt, preset, seed], [status, plain, fast, sheet, figures], api_name="clip",
+    event = run.click(make, [prompt, preset, seed], [status, plain, fast, sheet, figures], api_name="clip",
               concurrency_id=QUEUE, concurrency_limit=1, show_progress="hidden")  # fmt: skip
+    event.failure(
+        lambda: look.status(""), None, [status], api_visibility="private", queue=False, show_progress="hidden"
+    )
 
 
 def _figures(drawn: Drawn) -> str:

@@ -11,44 +11,50 @@ from vlmeff.demo import look
 from vlmeff.demo.engine import Choice
 from vlmeff.demo.samples import EXAMPLES
 from vlmeff.demo.site import QUEUE, Site, shown
-from vlmeff.demo.sweep import Point, Sweep, sweep
+from vlmeff.demo.sweep import Point, Sweep, accuracy, sweep
 
 TAB = "sweep"
 METHODS = ["hiprune", "divprune", "scope", "visionzip", "fourier", "adaptinfer", "random", "downsample"]
 HEAD = ["budget", "visual tokens", "answer", "right", "first token, ms", "total, ms", "KV cache, MiB"]
-NOTHING = "Nothing has run yet."
+HINT = "Click an example, or drop a picture and ask about it; then run the sweep."
+NOISE = "One run at each budget, so the times are noisy; each follows a warm-up run that is not measured."
 
 
 def build(site: Site, model: gr.Dropdown) -> None:
     """Make the tab's components and events."""
     import pandas as pd
 
+    examples = gr.Column(elem_classes="vl-examples")
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             picture = gr.Image(
                 type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture", height=260,
-                buttons=[], elem_id="sweep-picture",
+                buttons=[], elem_id="sweep-picture", alt_text="The picture that the question is about",
             )  # fmt: skip
             question = gr.Textbox(
-                label="Question", lines=2, max_lines=4, max_length=site.limits.max_question_chars,
+                label="Question", lines=1, max_lines=4, max_length=site.limits.max_question_chars,
                 elem_id="sweep-question",
             )  # fmt: skip
             known = gr.Textbox(label="Right answer, if you know it", max_lines=1, max_length=200, elem_id="sweep-known")
             method = gr.Dropdown(METHODS, value="hiprune", label="Token method", elem_id="sweep-method")
             with gr.Row():
-                run = gr.Button("Run the sweep", variant="primary", elem_id="sweep-run")
-                stop = gr.Button("Stop", elem_id="sweep-stop")
+                run = gr.Button("Run the sweep", variant="primary", elem_id="sweep-run", min_width=140)
+                stop = gr.Button("Stop", elem_id="sweep-stop", min_width=100)
         with gr.Column(scale=3, min_width=320):
-            status = gr.HTML(look.status(""), elem_id="sweep-status")
+            status = gr.HTML(look.status(HINT), elem_id="sweep-status")
             plot = gr.LinePlot(
                 pd.DataFrame({"visual tokens": [], "total time, ms": []}), x="visual tokens", y="total time, ms",
-                height=240, title="Total time against visual tokens", elem_id="sweep-plot", buttons=[],
+                y_lim=[0, None], height=360, title="Total time against visual tokens", elem_id="sweep-plot",
+                buttons=[],
             )  # fmt: skip
-            answers = gr.HTML(look.table(HEAD, []), elem_id="sweep-table", min_height=300)
-    gr.Examples(
-        [[one.path, one.question, one.answer] for one in EXAMPLES if one.answer is not None],
-        inputs=[picture, question, known], label="Examples with known answers", examples_per_page=10,
-    )  # fmt: skip
+    answers = gr.HTML(_table(Sweep()), elem_id="sweep-table")
+    gr.HTML(look.note(NOISE))
+    with examples:
+        gr.Examples(
+            [[one.path, one.question, one.answer] for one in EXAMPLES if one.answer is not None],
+            inputs=[picture, question, known], label="Examples with known answers", examples_per_page=10,
+            visible_columns=[0, 1],
+        )  # fmt: skip
 
     @shown
     def start(
@@ -71,9 +77,13 @@ def build(site: Site, model: gr.Dropdown) -> None:
         site.stop(request.session_hash, TAB)
         return look.status("stopped")
 
-    event = run.click(
-        start, [model, picture, question, known, method], [status, plot, answers],
-        api_name="sweep", concurrency_id=QUEUE, concurrency_limit=1, show_progress="hidden",
+    def check(*fields: Any) -> list[Any]:
+        return site.checked(fields, picture=1, question=2)
+
+    event = gr.on(
+        [run.click, question.submit, known.submit], start,
+        [model, picture, question, known, method], [status, plot, answers], api_name="sweep", concurrency_id=QUEUE,
+        concurrency_limit=1, show_progress="minimal", show_progress_on=[status], validator=check,
     )  # fmt: skip
     stop.click(halt, None, [status], api_name="stop_sweep", queue=False, cancels=[event])
 
@@ -86,9 +96,11 @@ def _plot(now: Sweep) -> Any:
 
 
 def _table(now: Sweep) -> str:
-    right = [p.correct for p in now.points if p.correct is not None]
-    caption = f"{sum(right)} of {len(right)} answers right" if right else ""
-    return look.table(HEAD, [_cells(point) for point in now.points], caption=caption)
+    """With empty rows for the runs to come, so that nothing below moves; they are no rows of the table's body."""
+    right, judged = accuracy(now.points)
+    caption = f"{right} of {judged} answers right" if judged else "Answers at each budget"
+    room = look.room(now.total - len(now.points))
+    return look.table(HEAD, [_cells(point) for point in now.points], caption=caption) + room
 
 
 def _cells(p: Point) -> list[str]:

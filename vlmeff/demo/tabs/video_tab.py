@@ -12,7 +12,7 @@ from vlmeff.demo import look
 from vlmeff.demo.compare import Comparison, rows
 from vlmeff.demo.samples import Example
 from vlmeff.demo.site import QUEUE, Site, make_choice, shown
-from vlmeff.demo.video import LOOKED_AT, MOST_FRAMES, MOST_SECONDS, ask_video, choose_frames, kept, read_clip
+from vlmeff.demo.video import LOOKED_AT, MOST_FRAMES, MOST_SECONDS, Clip, ask_video, choose_frames, kept, read_clip
 from vlmeff.errors import DataError
 
 TAB = "video"
@@ -30,21 +30,19 @@ MAP = "What was kept of each frame: ask a question first."
 
 def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     """Make the tab's components and events; returns the dropdown of presets, which follows the model."""
-    presets = site.presets()
     gr.HTML(look.note(NOTE))
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             video = gr.Video(
-                sources=["upload"], label=f"Video, at most {MOST_SECONDS:.0f} seconds and {site.limits.max_file_mb:g} MB",
-                height=280, buttons=[], elem_id="video-file",
+                sources=["upload"], height=280,
+                label=f"Video, at most {MOST_SECONDS:.0f} seconds and {site.limits.max_file_mb:g} MB",
+                buttons=[], elem_id="video-file",
             )  # fmt: skip
             question = gr.Textbox(
                 label="Question", lines=2, max_lines=4, max_length=site.limits.max_question_chars,
                 placeholder=EXAMPLES[0].question, elem_id="video-question",
             )  # fmt: skip
-            preset = gr.Dropdown(
-                presets, value="fast" if "fast" in presets else presets[0], label="Preset", elem_id="video-preset"
-            )  # fmt: skip
+            preset = gr.Dropdown(site.presets(), value=site.favourite(), label="Preset", elem_id="video-preset")
             about = gr.Checkbox(
                 False, label="Choose the clips that the question is about", elem_id="video-choose",
                 info=f"tiny-clip, which knows coloured shapes, chooses among {LOOKED_AT} frames. "
@@ -59,23 +57,24 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
                 left = gr.Textbox(label="Baseline", lines=3, max_lines=3, interactive=False, elem_id="video-baseline")
                 right = gr.Textbox(label="Preset", lines=3, max_lines=3, interactive=False, elem_id="video-answer")
             figures = gr.HTML(_figures(Comparison()), elem_id="video-figures")
+    with gr.Column(elem_classes="vl-examples"):
+        gr.Examples(
+            [[example.path, example.question] for example in EXAMPLES],
+            inputs=[video, question], label="Examples: a video and a question, one click each",
+        )  # fmt: skip
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
             said = gr.HTML(look.legend([], SENT), elem_id="video-said")
             frames = gr.Gallery(
-                label="Frames that were sent", columns=4, height=330, format="png", object_fit="contain", buttons=[],
-                interactive=False, elem_id="video-frames",
+                label="Frames that were sent", show_label=False, columns=4, format="png", object_fit="contain",
+                buttons=[], interactive=False, elem_id="video-frames",
             )  # fmt: skip
         with gr.Column(min_width=320):
             key = gr.HTML(look.legend([], MAP), elem_id="video-legend")
             strip = gr.Gallery(
-                label="Visual tokens kept, by time", columns=4, height=330, format="png", object_fit="contain",
-                buttons=[], interactive=False, elem_id="video-map",
+                label="Visual tokens kept, by time", show_label=False, columns=3, format="png",
+                object_fit="contain", buttons=[], interactive=False, elem_id="video-map",
             )  # fmt: skip
-    gr.Examples(
-        [[example.path, example.question] for example in EXAMPLES],
-        inputs=[video, question], label="Examples: a video and a question, one click each",
-    )  # fmt: skip
 
     @shown
     def start(
@@ -83,27 +82,24 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     ) -> Iterator[Any]:
         asked = site.limits.question(text)
         flag = site.begin(request.session_hash, TAB)
-        yield look.status("reading the video"), "", "", _figures(Comparison()), *[gr.skip()] * 4
-        clip = read_clip(_uploaded(path), most_frames=LOOKED_AT if choosing else MOST_FRAMES)
+        choice = make_choice(name, None, None)
+        now = Comparison(choice=choice)
+        yield look.status("reading the video"), "", "", _figures(now), *[gr.skip()] * 4
+        clip = read_clip(_uploaded(site, path), most_frames=LOOKED_AT if choosing else MOST_FRAMES)
         if choosing:
             clip = choose_frames(clip, asked)
         sent = [(frame, f"{time:.1f} s") for frame, time in zip(clip.frames, clip.seconds, strict=True)]
         how = "chosen for the question" if choosing else "taken evenly"
         text = f"{len(sent)} frames of {clip.duration:.1f} seconds, {how}"
         yield *[gr.skip()] * 4, look.legend([], text), sent, look.legend([], MAP), []
-        now = Comparison()
         for now in ask_video(
-            site.engine, clip, asked, make_choice(name, None, None), model=model_name,
+            site.engine, clip, asked, choice, model=model_name,
             max_new_tokens=min(64, site.limits.max_new_tokens), stop=flag,
         ):  # fmt: skip
             yield look.status(now.status), now.baseline.text, now.preset.text, _figures(now), *[gr.skip()] * 4
-        done = now.preset.done
-        if done is not None and not done.stopped:
-            total = f"{done.report.visual_tokens_after} of {done.report.visual_tokens_before} visual tokens kept"
-            pictures = kept(clip, done)
-            names = done.maps[0].legend if pictures else []
-            legend = look.legend(names, total if pictures else f"{total}; there is no map of which for this preset.")
-            yield *[gr.skip()] * 6, legend, pictures
+        # Whole, because a caller of the API gets only what was said last.
+        answers = look.status(now.status), now.baseline.text, now.preset.text, _figures(now)
+        yield *answers, look.legend([], text), sent, *_kept(clip, now)
 
     def halt(request: gr.Request) -> str:
         site.stop(request.session_hash, TAB)
@@ -121,7 +117,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     return preset
 
 
-def _uploaded(path: str | None) -> Path:
+def _uploaded(site: Site, path: str | None) -> Path:
     """A video that was uploaded here; a path that a client made up is as good as none."""
     from gradio.utils import get_upload_folder
 
@@ -129,8 +125,22 @@ def _uploaded(path: str | None) -> Path:
         raise DataError("There is no video yet: drop one or click an example.")
     if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise DataError("That video was not uploaded here: drop it on the page.")
+    if Path(path).is_file() and Path(path).stat().st_size > site.limits.max_file_mb * 1e6:
+        raise DataError(f"The video's file is larger than {site.limits.max_file_mb:g} MB: make it shorter or smaller.")
     return Path(path)
 
 
+def _kept(clip: Clip, now: Comparison) -> tuple[str, list[tuple[Any, str]]]:
+    """The legend and the strip of the preset's run."""
+    done = now.preset.measured
+    if done is None:
+        return look.legend([], MAP), []
+    text = f"{done.report.visual_tokens_after} of {done.report.visual_tokens_before} visual tokens kept"
+    pictures = kept(clip, done)
+    if not pictures:
+        return look.legend([], f"{text}; there is no map of which for this preset."), []
+    return look.legend(done.maps[0].legend, text), pictures
+
+
 def _figures(now: Comparison) -> str:
-    return look.table(["", "baseline", "preset"], [(row.name, row.baseline, row.preset) for row in rows(now)])
+    return look.table(["", *map(now.label, now.runs)], [(row.name, *row.values) for row in rows(now)])
