@@ -58,6 +58,11 @@ class _Table:
 def pytest_configure(config: Any) -> None:
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist: one thread each, set before torch is imported
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    if not torch.cuda.is_available():
+        # Triton decides once, when it is first imported, which tests of other packages do too.
+        os.environ["TRITON_INTERPRET"] = "1"
     path = os.environ.get(TABLE)
     if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist
         config.pluginmanager.register(_Table(Path(path)), "vlmeff-coverage-table")

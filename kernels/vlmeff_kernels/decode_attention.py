@@ -37,6 +37,7 @@ LONG = 2048  # columns from which a cache counts as long
 MOST_SPLITS = 128
 LEAST_SPLIT = 128  # columns: shorter splits cost more in the second kernel than they hide
 TAIL_SPLIT = 64  # columns of a split that may be in full precision: it loads both forms
+MOST_TAIL_SPLITS = _launch.MOST_BLOCKS // 2
 CHUNK = 16  # splits that are combined at a time
 
 # compute capability -> (columns a tile, warps, stages)
@@ -147,7 +148,7 @@ def attended(q, k, v, seen, highest, total, acc, factor, cap, DTYPE: tl.constexp
 # These differ from step to step. Triton compiles anew for a size that is 1 or a multiple of 16 unless told not to; the
 # widths of rows, which wide loads depend on, stay as they are.
 VARYING = ("columns", "key_length", "value_length", "key_groups", "packed_columns", "per_split", "per_tail",
-           "splits", "packed_splits", "valid_b")  # fmt: skip
+           "packed_splits", "valid_b")  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -155,7 +156,7 @@ def decode_split(
     q, key_codes, key_scale, key_zero, key_rest, value_codes, value_scale, value_zero, value_rest, valid,
     highest_out, total_out, acc_out,
     heads, group, dim, value_dim, columns, key_length, value_length, key_groups, value_groups, key_width, value_width,
-    splits, packed_splits, packed_columns, per_split, per_tail,
+    packed_splits, packed_columns, per_split, per_tail,
     q_b, q_h, kr_b, kr_h, kr_t, vr_b, vr_h, vr_t, valid_b,
     factor, cap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -163,7 +164,7 @@ def decode_split(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
-    split, state = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
+    state, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     batch, head = state // heads, state % heads
     row, d, e = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, E)
     asked = (row < group)[:, None] & (d < dim)[None]
@@ -258,19 +259,20 @@ def _decode(
     packed_columns = min(key_length, value_length) // tile * tile
     per_split = _per_split(packed_columns, batch * heads, tile, q.device)
     packed_splits = _launch.cdiv(packed_columns, per_split)
-    per_tail = _launch.cdiv(TAIL_SPLIT, tile) * tile
-    splits = packed_splits + _launch.cdiv(columns - packed_columns, per_tail)
+    tail = columns - packed_columns
+    per_tail = _launch.cdiv(max(TAIL_SPLIT, _launch.cdiv(tail, MOST_TAIL_SPLITS)), tile) * tile
+    splits = packed_splits + _launch.cdiv(tail, per_tail)
     highest, total = (q.new_empty((batch * heads_q, splits), dtype=torch.float32) for _ in range(2))
     acc = q.new_empty((batch * heads_q, splits, value_dim), dtype=torch.float32)
     factor, cap = scales(scale, softcap)
     wide = _power_of_2(value_dim)
     _launch.launch(
-        decode_split, (splits * batch * heads,),
+        decode_split, (batch * heads, splits),
         q, *packed[:3], key_rest, *packed[3:], value_rest, None if valid is None else valid.view(torch.uint8),
         highest, total, acc,
         heads, heads_q // heads, dim, value_dim, columns, key_length, value_length,
         key_scale.shape[2], value_scale.shape[3], key_width, value_width,
-        splits, packed_splits, packed_columns, per_split, per_tail,
+        packed_splits, packed_columns, per_split, per_tail,
         q.stride(0), q.stride(1), *key_rest.stride()[:3], *value_rest.stride()[:3],
         0 if valid is None else valid.stride(0),
         factor, cap,

@@ -107,7 +107,7 @@ def over(s, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, SPAN: tl.constexpr):
     return tl.reshape(tl.broadcast_to(s[:, :, None], (OUTPUTS, INPUTS // SPAN, SPAN)), (OUTPUTS, INPUTS))
 
 
-@triton.jit(do_not_specialize=["M", "each"])  # batches are of any size: not compiled anew for multiples of 16
+@triton.jit(do_not_specialize=["M"])  # batches are of any size; wide loads need to know that ``each`` is a multiple
 def expand_and_multiply(
     x, wq, ws, wz, bias, out,
     M, N, K, stored, each, x_m, wq_n, ws_n, wz_n, group,

@@ -182,6 +182,11 @@ def _gelu_quant_fake(x: Tensor, smooth: Tensor | None, tanh: bool) -> tuple[Tens
     return _outputs(x)
 
 
+def _norm_warps(channels: int) -> int:
+    """Long rows of float32 spill, with all factors, unless they are spread over all the threads of a block."""
+    return 32 if channels > ONE_PASS // 2 else 2 * row_warps(channels)
+
+
 def _norm_quant(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, eps: float, layer: bool,
@@ -194,7 +199,7 @@ def _norm_quant(
     _launch.launch(
         norm_quant_row, (batch * tokens,), x, weight, bias, scale, shift, smooth, codes, scales, tokens, channels,
         *x.stride()[:2], *strides[0], *strides[1], eps,
-        warps=2 * row_warps(channels), LAYER=layer, WEIGHT=weight is not None, BIAS=bias is not None,
+        warps=_norm_warps(channels), LAYER=layer, WEIGHT=weight is not None, BIAS=bias is not None,
         SCALE=scale is not None, SHIFT=shift is not None, SMOOTH=smooth is not None,
         EACH=modulation is not None and modulation.dtype != torch.float32, **row_blocks(channels),
     )  # fmt: skip

@@ -164,10 +164,9 @@ def test_the_strip_has_a_picture_for_each_pair_of_frames_and_counts_the_kept_tok
     (*_, now) = ask_video(qwen, clip, QUESTION, Choice(preset="fast"))
     done = now.preset.done
     assert done is not None
-    strip = kept(clip, done)
+    strip = kept(done)
     assert len(strip) == len(clip.frames) // 2
-    assert [caption.split(" s:")[0] for _, caption in strip] == [f"{second:.1f}" for second in clip.seconds[::2]]
-    counts = [int(caption.split(": ")[1].split(" of ")[0]) for _, caption in strip]
+    counts = [int(caption.split(" of ")[0]) for _, caption in strip]
     assert sum(counts) == done.report.visual_tokens_after
 
 

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors: decided before they are imported.
+"""Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors (tests/conftest.py sees to it).
 
 An integer seed for each test is drawn anew, printed when the test fails, and set again with VLMEFF_KERNEL_SEED.
 """
@@ -11,9 +11,6 @@ from importlib.metadata import version
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

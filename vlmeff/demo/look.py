@@ -46,7 +46,9 @@ CSS = """
 .vl-examples .container, .vl-examples img { width: 3rem !important; height: 3rem !important; max-width: 3rem;
   border-width: 0; object-fit: cover; }
 .vl-examples .table-wrap { border: 0 !important; overflow: visible; }
+#chat-log button[aria-label="Share"] { display: none; } /* it would send the picture to huggingface.co */
 @media (max-width: 640px) {
+  .tabs { max-width: calc(100vw - 4rem); }
   #head { flex-direction: column; align-items: stretch; }
   .vl-table th, .vl-table td { padding: .25rem .3rem !important; font-size: .9rem; }
   .vl-text th[scope=row] { white-space: normal; }

@@ -144,12 +144,8 @@ def ask_video(
     yield replace(now, status="stopped" if stop.asked else "")
 
 
-def kept(clip: Clip, done: Done) -> list[tuple[Image.Image, str]]:
-    """What became of the tokens: a picture and its caption for each stretch of frames that shares tokens."""
+def kept(done: Done) -> list[tuple[Image.Image, str]]:
+    """What became of the tokens, in order: a picture and its caption for each stretch of frames that shares tokens."""
     if not done.maps or done.maps[0].resampled:
         return []
-    together = -(-len(clip.frames) // len(done.maps))  # Qwen's models merge two frames into one slice
-    out = []
-    for number, one in enumerate(done.maps):
-        out.append((one.after, f"{clip.seconds[number * together]:.1f} s: {one.kept} of {one.total}"))
-    return out
+    return [(one.after, f"{one.kept} of {one.total}") for one in done.maps]

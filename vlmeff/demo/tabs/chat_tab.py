@@ -37,9 +37,9 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
                 file_types=["image"], file_count="multiple", show_label=False, label="Message", submit_btn=True,
                 placeholder=PLACEHOLDER, max_lines=6, elem_id="chat-box",
             )  # fmt: skip
-            gr.Examples(
-                [[_message(example)] for example in STARTERS], inputs=[box], label="Examples: click, then press Enter"
-            )
+            with gr.Row():
+                stop = gr.Button("Stop", min_width=120, elem_id="chat-stop")
+                clear = gr.Button("New conversation", min_width=120, elem_id="chat-clear")
         with gr.Column(scale=1, min_width=270):
             preset = gr.Dropdown(
                 [BASELINE, *site.presets()], value=site.favourite(), label="Preset",
@@ -48,10 +48,9 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
             longest = gr.Slider(
                 1, site.limits.max_new_tokens, value=64, step=1, label="Longest answer, tokens", elem_id="chat-longest"
             )
-            stop = gr.Button("Stop", elem_id="chat-stop")
-            clear = gr.Button("New conversation", elem_id="chat-clear")
             status = gr.HTML(look.status(""), elem_id="chat-status")
             cost = gr.HTML(_cost(None), elem_id="chat-cost")
+    gr.Examples([[_message(example)] for example in STARTERS], inputs=[box], label="Examples: click, then press Enter")
 
     @shown
     def reply(

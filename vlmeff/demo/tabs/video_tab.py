@@ -30,12 +30,13 @@ MAP = "What was kept of each frame: ask a question first."
 
 def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     """Make the tab's components and events; returns the dropdown of presets, which follows the model."""
-    gr.HTML(look.note(NOTE))
+    limits = f"A video may have at most {MOST_SECONDS:.0f} seconds and {site.limits.max_file_mb:g} MB."
+    gr.HTML(look.note(f"{NOTE} {limits}"))
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             video = gr.Video(
                 sources=["upload"], height=280,
-                label=f"Video, at most {MOST_SECONDS:.0f} seconds and {site.limits.max_file_mb:g} MB",
+                label="Video",
                 buttons=[], elem_id="video-file",
             )  # fmt: skip
             question = gr.Textbox(
@@ -66,7 +67,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
         with gr.Column(min_width=320):
             said = gr.HTML(look.legend([], SENT), elem_id="video-said")
             frames = gr.Gallery(
-                label="Frames that were sent", show_label=False, columns=4, format="png", object_fit="contain",
+                label="Frames that were sent", show_label=False, columns=3, format="png", object_fit="contain",
                 buttons=[], interactive=False, elem_id="video-frames",
             )  # fmt: skip
         with gr.Column(min_width=320):
@@ -136,10 +137,13 @@ def _kept(clip: Clip, now: Comparison) -> tuple[str, list[tuple[Any, str]]]:
     if done is None:
         return look.legend([], MAP), []
     text = f"{done.report.visual_tokens_after} of {done.report.visual_tokens_before} visual tokens kept"
-    pictures = kept(clip, done)
+    pictures = kept(done)
+    shared = -(-len(clip.frames) // max(1, len(pictures)))
     if not pictures:
         return look.legend([], f"{text}; there is no map of which for this preset."), []
-    return look.legend(done.maps[0].legend, text), pictures
+    return look.legend(
+        done.maps[0].legend, text + (f"; {shared} frames share each picture" if shared > 1 else "")
+    ), pictures
 
 
 def _figures(now: Comparison) -> str:
