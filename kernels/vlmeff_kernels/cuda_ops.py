@@ -62,8 +62,8 @@ def _library(device: str) -> Path | None:
 @torch.compiler.assume_constant_result
 def architecture_refusal(capability: _launch.Capability) -> str | None:
     """Why the library has no code for a GPU of this compute capability, or None."""
-    path = _library(DEVICE)
-    if DEVICE != "cuda" or path is None:
+    path = _library(DEVICE) if DEVICE == "cuda" else None
+    if path is None:
         return None
     architectures = build.architectures_of(path)
     if build.runs_on(architectures, capability):

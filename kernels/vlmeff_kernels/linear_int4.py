@@ -224,7 +224,7 @@ def wnan(
 
 def _in_words(wq: Tensor) -> bool:
     """Whether rows can be read as 16-bit words."""
-    return bool(wq.shape[1]) and wq.shape[1] % 2 == 0 and wq.stride(0) % 2 == 0 and wq.storage_offset() % 2 == 0
+    return bool(wq.shape[1]) and wq.shape[1] % 2 == 0 and wq.stride(0) % 2 == 0 and int(wq.storage_offset()) % 2 == 0
 
 
 def _words(wq: Tensor) -> Tensor:

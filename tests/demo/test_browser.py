@@ -329,7 +329,8 @@ def broken_words(page: Any) -> list[str]:
         const style = getComputedStyle(cell), pen = document.createElement('canvas').getContext('2d');
         pen.font = style.font;
         const room = cell.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
-        return cell.innerText.split(/[\\s/-]+/).some(word => word.length <= 14 && pen.measureText(word).width > room + 1);
+        const words = cell.innerText.split(/[\\s/-]+/).filter(word => word.length <= 14);
+        return words.some(word => pen.measureText(word).width > room + 1);
     }).map(cell => cell.innerText)""")
     return [f"no room for {text!r}" for text in texts]
 

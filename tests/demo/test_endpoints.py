@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import socket
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -138,10 +141,6 @@ def engine(page: Page) -> Scripted:
     return engine
 
 
-def no_picture_was_asked_about(engine: Scripted) -> bool:
-    return engine.begun == []
-
-
 def text_of(html: Any) -> str:
     """What a browser shows of an HTML output; Gradio wraps updated values."""
     value = html["value"] if isinstance(html, dict) else html
@@ -224,13 +223,13 @@ def test_a_comparison_is_saved_once_and_says_where(page: Page, engine: Scripted)
         client.predict(api_name="/save")
 
 
-def test_without_a_log_folder_nothing_can_be_saved(real: Page) -> None:
-    assert "/save" not in real.client().view_api(return_format="dict")["named_endpoints"]
-    assert "/save" in Page_endpoints(real, "compare")
+def test_without_a_log_folder_nothing_can_be_saved(page: Page, real: Page) -> None:
+    assert "/save" in endpoints(page)
+    assert "/save" not in endpoints(real)
 
 
-def Page_endpoints(page: Page, _: str) -> str:
-    return "/save"
+def endpoints(page: Page) -> set[str]:
+    return set(page.client().view_api(return_format="dict")["named_endpoints"])
 
 
 # -- stop
@@ -356,15 +355,83 @@ def test_values_that_no_control_has_are_refused(page: Page, engine: Scripted, in
     assert engine.begun == []
 
 
-def files_of_a_bad_client() -> Iterator[Any]:
-    from test_limits import png_of
+def png_of(width: int, height: int) -> bytes:
+    """A PNG file that declares a size and holds no pixels."""
 
-    yield pytest.param(b"just text", "p.png", id="a text file named .png")
-    yield pytest.param(png_of(50_000, 20_000), "p.png", id="a small file of a gigapixel")
-    yield pytest.param(png_of(6000, 6000), "p.png", id="more pixels than allowed")
-    yield pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "p.svg", id="an SVG")
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-# png_of is imported by path, because test folders are no packages
-@pytest.mark.parametrize(("content", "name"), [])
-def test_placeholder(content: bytes, name: str) -> None: ...
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        pytest.param(b"just text", "p.png", id="a text file named .png"),
+        pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "p.svg", id="an SVG"),
+        pytest.param(png_of(50_000, 20_000), "p.png", id="a gigapixel"),
+        pytest.param(png_of(6000, 6000), "p.png", id="more pixels than allowed"),
+    ],
+)
+def test_what_is_no_fit_picture_is_refused_and_never_decoded(
+    page: Page, engine: Scripted, content: bytes, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Any] = []
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: decoded.append(picture.size))
+    for endpoint, rest in (("compare", compare_of("what?")[2:]), ("sweep", ["what?", "", "hiprune"])):
+        status, body = page.raw(endpoint, "tiny-llava", uploaded(page, content, name), *rest)
+        assert status in (400, 422) or "event: error" in body
+        assert str(page.site.log_dir.parent) not in body, "it names a path of the server"
+    assert (engine.begun, decoded) == ([], [])
+
+
+def test_a_file_over_the_limit_is_refused_at_the_upload_and_inside_a_request(page: Page, engine: Scripted) -> None:
+    large = bytes(300_000)
+    sent = httpx.post(f"{page.address}gradio_api/upload", files={"files": ("p.png", large)}, timeout=PATIENCE_SECONDS)
+    assert sent.status_code == 413
+    noise = Image.effect_noise((600, 600), 90)  # does not compress
+    noise.save(page.site.log_dir / "noise.png")
+    content = (page.site.log_dir / "noise.png").read_bytes()
+    (page.site.log_dir / "noise.png").unlink()
+    assert len(content) > 200_000
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    file = {"path": "p.png", "url": url, "orig_name": "p.png", "meta": {"_type": "gradio.FileData"}}
+    status, body = page.raw("compare", *compare_of("what?", file))
+    assert status in (400, 422) or "event: error" in body
+    assert engine.begun == []
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["without meta", "with meta"])
+@pytest.mark.parametrize("where", ["file of the system", "file of the project", "climbs out of the uploads"])
+def test_only_files_that_were_uploaded_are_read(
+    page: Page, engine: Scripted, uploads: Path, where: str, meta: dict[str, Any]
+) -> None:
+    path = {
+        "file of the system": "/etc/hostname",
+        "file of the project": PICTURE,
+        "climbs out of the uploads": str(uploads / ".." / ".." / "p.png"),
+    }[where]
+    status, body = page.raw("compare", *compare_of("what?", {"path": path, **meta}))
+    assert status in (400, 422) or "event: error" in body
+    assert engine.begun == []
+
+
+def test_nothing_but_uploads_is_served(page: Page) -> None:
+    own = uploaded(page)["path"]
+    with httpx.Client(base_url=page.address) as client:
+        assert client.get(f"/gradio_api/file={own}").status_code == 200
+        for path in ("/etc/hostname", PICTURE, str(Path(__file__)), f"{own}/../../../etc/hostname"):
+            assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), path
+
+
+def test_what_a_model_says_is_shown_as_text(page: Page, engine: Scripted) -> None:
+    client = page.client()
+    result = client.predict(*compare_of("evil"), api_name="/compare")
+    assert result[PRESET] == EVIL  # a text box shows it as it is
+    _, _, table = client.predict(
+        "tiny-llava", client_of.handle_file(PICTURE), "evil", EVIL, "hiprune", api_name="/sweep"
+    )
+    html = table["value"] if isinstance(table, dict) else table
+    assert "<img" not in html
+    assert "&lt;img src=x onerror=alert(1)&gt;" in html

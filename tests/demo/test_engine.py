@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -70,7 +71,7 @@ def test_the_streamed_answer_is_the_models(engine: Engine, choice: Choice) -> No
     assert done.text == reference("tiny-llava", choice, "describe the picture.")
     texts = [item.text for item in news if isinstance(item, Text)]
     assert len(texts) > 1
-    assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     assert texts[-1] == done.text
     assert not vlmeff.is_wrapped(engine.model)
 

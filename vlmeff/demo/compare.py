@@ -105,7 +105,7 @@ def compare(
     """
     stop = stop if stop is not None else Stop()
     turns = [user_turn(question, [picture])]
-    order = ("preset", "baseline") if preset_first else ("baseline", "preset")
+    order: tuple[str, ...] = ("preset", "baseline") if preset_first else ("baseline", "preset")
     order = (*order, "control") if control else order
     now = Comparison(status="starting", order=order, choice=choice, control_method=control)
     yield now

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlmeff.demo import look
+from vlmeff.demo import alternative_text, look
 from vlmeff.demo.site import Site, shown
 from vlmeff.demo.tabs import about_tab, chat_tab, compare_tab, generate_tab, sweep_tab, video_tab
 from vlmeff.demo.tabs.chat_tab import BASELINE
@@ -56,8 +56,9 @@ def launch_options(site: Site) -> dict[str, Any]:
     return {
         "theme": look.theme(),
         "css": look.CSS,
+        "head": alternative_text.HEAD,
         "share": False,
-        "max_file_size": f"{site.limits.max_file_mb:g}mb",
+        "max_file_size": round(site.limits.max_file_mb * 1e6),  # as text it takes whole numbers only
         "allowed_paths": [],
         "show_error": False,
         "footer_links": ["api"],

@@ -35,8 +35,8 @@ def about(site: Site, name: str) -> str:
     if record is not None:
         facts += [
             ("revision", record.revision or "not pinned"),
-            ("licence", record.license),
-            ("commercial use", record.commercial_use),
+            ("licence", record.license or "-"),
+            ("commercial use", record.commercial_use or "-"),
             ("notes", " ".join(record.notes) or "-"),
         ]
     else:

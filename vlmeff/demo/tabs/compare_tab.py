@@ -180,7 +180,7 @@ def _page(now: Comparison) -> tuple[Any, ...]:
     if done is None:
         waiting = "" if now.order and now.status else NO_MAP
         spread: tuple[Any, Any, Any] = (look.legend([], waiting), None, gr.Gallery(visible=False))
-        mapped = [(("none", waiting, i), lambda i=i: spread[i]) for i in range(3)]
+        mapped: list[tuple[tuple[Any, ...], Any]] = [(("none", waiting, i), lambda i=i: spread[i]) for i in range(3)]
     else:
         mapped = [((id(done), i), lambda i=i: _map(done)[i]) for i in range(3)]
     return (

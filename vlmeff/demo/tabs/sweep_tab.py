@@ -71,7 +71,8 @@ def build(site: Site, model: gr.Dropdown) -> None:
         for now in runs:
             grown = len(now.points) != drawn
             drawn = len(now.points)
-            yield look.status(now.status), _plot(now) if grown else gr.skip(), _table(now) if grown else gr.skip()
+            # A streamed plot that is skipped loses its columns, and fails at the next change of size.
+            yield look.status(now.status), _plot(now), _table(now) if grown else gr.skip()
 
     def halt(request: gr.Request) -> str:
         site.stop(request.session_hash, TAB)

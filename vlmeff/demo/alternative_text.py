@@ -1,0 +1,16 @@
+"""Alternative texts for the pictures that Gradio shows without one: uploads, both sides of a slider, examples."""
+
+from __future__ import annotations
+
+HEAD = """<script>
+// An example's picture is told by the rest of its row or button, any other by the label of its block.
+const describe = (image) => {
+  if (image.alt.trim()) return;
+  const example = image.closest("tr, button");
+  const label = image.closest(".block")?.querySelector("[data-testid=block-label]");
+  image.alt = (example ? "Example: " + example.innerText : label?.innerText ?? "").trim() || "Picture";
+};
+new MutationObserver(() => document.querySelectorAll("img").forEach(describe)).observe(document, {
+  childList: true, subtree: true, attributes: true, attributeFilter: ["src"],
+});
+</script>"""
