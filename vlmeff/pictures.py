@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,12 +29,15 @@ def open_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return decode_picture(path, name=str(path), max_pixels=max_pixels)
 
 
-def decode_picture(source: Path | BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """``open_picture`` of an open file or bytes in memory; messages call it ``name``."""
+def decode_picture(
+    source: Path | BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
+    """``open_picture`` of an open file or bytes in memory; messages call it ``name``. ``formats``: of Pillow's readers
+    those that may look at it (some start other programs); None: all."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as picture:
+            with Image.open(source, formats=formats) as picture:
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise DataError(

@@ -100,3 +100,10 @@ def test_the_number_of_pictures_is_limited() -> None:
     Limits(max_pictures=2).check_count(2)
     with pytest.raises(DataError, match="3 pictures are too many; at most 2"):
         Limits(max_pictures=2).check_count(3)
+
+
+def test_a_format_whose_reader_starts_other_programs_is_no_picture(tmp_path: Path) -> None:
+    file = tmp_path / "drawing.png"
+    Image.new("RGB", (4, 4)).save(file, format="EPS")
+    with pytest.raises(DataError, match="no known format"):
+        Limits().picture(str(file))

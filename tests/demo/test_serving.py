@@ -114,6 +114,12 @@ def test_other_forms_of_auth_are_refused(text: str) -> None:
         read_auth(text)
 
 
+def test_a_password_in_the_place_of_its_file_is_not_repeated() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_auth("ann:very-secret")
+    assert "very-secret" not in str(caught.value)
+
+
 def test_an_empty_password_is_refused(tmp_path: Path) -> None:
     (tmp_path / "password").write_text("\nsecond line\n")
     with pytest.raises(ConfigError, match="is empty"):

@@ -65,7 +65,7 @@ def oracle(q: Tensor, keys: StoredStates, values: StoredStates, *, scale: float,
 
 def off(got: Tensor, expected: Tensor) -> float:
     """Relative to the Frobenius norm, of what rounding the output to its dtype does not explain: half an ulp."""
-    half_ulp = torch.finfo(got.dtype).eps / 4 * torch.exp2(expected.frexp().exponent.double())
+    half_ulp = torch.finfo(got.dtype).eps / 4 * torch.exp2(expected.frexp().exponent.double()) * (expected != 0)
     error = ((got.double() - expected).abs() - half_ulp).clamp_min(0)
     error = error.where(got.isfinite(), torch.inf)
     return (error.norm() / expected.norm().clamp_min(1e-12)).item()

@@ -8,10 +8,13 @@ from pathlib import Path
 from PIL import Image
 
 from vlmeff.errors import DataError
-from vlmeff.pictures import open_picture
+from vlmeff.pictures import decode_picture
 
 NO_PICTURE = "There is no picture yet: drop one, paste one or click an example."
 NO_QUESTION = "There is no question yet: type one or click an example."
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not, for example, EPS, which starts Ghostscript
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class Limits:
         if file.is_file() and file.stat().st_size > self.max_file_mb * 1e6:
             raise DataError(f"The picture's file is larger than {self.max_file_mb:g} MB: make it smaller.")
         try:
-            return open_picture(file, max_pixels=self.max_pixels)
+            return decode_picture(file, name=str(file), max_pixels=self.max_pixels, formats=FORMATS)
         except DataError as error:  # its text names a path of the server
             text = str(error).replace(repr(str(path)), "that was sent").replace(str(path), "that was sent")
             raise DataError(text) from None

@@ -60,6 +60,8 @@ def launch_options(site: Site) -> dict[str, Any]:
         "share": False,
         "max_file_size": round(site.limits.max_file_mb * 1e6),  # as text it takes whole numbers only
         "allowed_paths": [],
+        "enable_monitoring": False,  # left out, Gradio shows every visitor its statistics
+        "mcp_server": False,
         "show_error": False,
         "footer_links": ["api"],
     }

@@ -15,6 +15,7 @@ from vlmeff.errors import ConfigError, MissingExtraError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHIPPED = ("tiny-llava", "tiny-qwen")
+OPENING = ("GRADIO_ALLOWED_PATHS", "GRADIO_MCP_SERVER", "GRADIO_VIBE_MODE")  # they undo what is fixed here
 OPEN = (
     "warning: {host} can be reached from other machines and there is no password: whoever knows the address can ask, "
     "and read what others sent. Add --auth USER:FILE, or leave --host out."
@@ -35,13 +36,13 @@ def read_auth(text: str) -> tuple[str, str]:
     """
     user, colon, name = text.partition(":")
     if not user or not colon or not name:
-        raise ConfigError(f"--auth {text!r} must be USER:FILE; the password is the first line of the file.")
+        raise ConfigError("--auth must be USER:FILE; the password is the first line of the file.")
     try:
         lines = Path(name).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"--auth: {name!r} cannot be read ({error.strerror}).") from error
+    except (OSError, UnicodeDecodeError) as error:  # which must not be told: it may be the password itself
+        raise ConfigError("--auth: what stands behind USER: is no text file that can be read.") from error
     if not lines or not lines[0]:
-        raise ConfigError(f"--auth: {name!r} is empty; its first line is the password.")
+        raise ConfigError("--auth: the file is empty; its first line is the password.")
     return user, lines[0]
 
 
@@ -72,6 +73,8 @@ def serve_demo(
     check_gradio()
     # Before Gradio is imported: it reads this once.
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    for variable in OPENING:
+        os.environ.pop(variable, None)
     from vlmeff.demo.page import build_demo, launch_options
 
     if host not in LOOPBACK and auth is None:

@@ -37,6 +37,7 @@ class Sweep:
     points: Sequence[Point] = ()
     total: int = len(BUDGETS)
     status: str = ""
+    ended: bool = False
 
 
 def sweep(
@@ -74,7 +75,7 @@ def sweep(
             point = _point(share, done, reference, known)
         now = replace(now, points=(*now.points, point))
         yield now
-    yield replace(now, status="stopped" if stop.asked else "done")
+    yield replace(now, status="stopped" if stop.asked else "done", ended=True)
 
 
 def accuracy(points: Sequence[Point]) -> tuple[int, int]:

@@ -46,7 +46,12 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
                 info="Of the next answer; the pictures of earlier turns count too.", elem_id="chat-preset",
             )  # fmt: skip
             longest = gr.Slider(
-                1, site.limits.max_new_tokens, value=64, step=1, label="Longest answer, tokens", elem_id="chat-longest"
+                1,
+                site.limits.max_new_tokens,
+                value=min(64, site.limits.max_new_tokens),
+                step=1,
+                label="Longest answer, tokens",
+                elem_id="chat-longest",
             )
             status = gr.HTML(look.status(""), elem_id="chat-status")
             cost = gr.HTML(_cost(None), elem_id="chat-cost")

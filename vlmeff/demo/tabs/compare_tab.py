@@ -140,6 +140,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
         api_name="compare", concurrency_id=QUEUE, concurrency_limit=1, show_progress="minimal",
         show_progress_on=[status], validator=check,
     )  # fmt: skip
+    event.failure(lambda: look.status(""), None, [status], api_visibility="private", queue=False)
     control.change(
         lambda name: gr.Textbox(visible=name != NO_CONTROL), [control], [third], api_visibility="private", queue=False
     )

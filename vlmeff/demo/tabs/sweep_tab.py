@@ -69,7 +69,7 @@ def build(site: Site, model: gr.Dropdown) -> None:
         )  # fmt: skip
         drawn = -1
         for now in runs:
-            grown = len(now.points) != drawn
+            grown = len(now.points) != drawn or now.ended  # the last piece of news is a client's result
             drawn = len(now.points)
             # A streamed plot that is skipped loses its columns, and fails at the next change of size.
             yield look.status(now.status), _plot(now), _table(now) if grown else gr.skip()
@@ -86,6 +86,7 @@ def build(site: Site, model: gr.Dropdown) -> None:
         [model, picture, question, known, method], [status, plot, answers], api_name="sweep", concurrency_id=QUEUE,
         concurrency_limit=1, show_progress="minimal", show_progress_on=[status], validator=check,
     )  # fmt: skip
+    event.failure(lambda: look.status(""), None, [status], api_visibility="private", queue=False)
     stop.click(halt, None, [status], api_name="stop_sweep", queue=False, cancels=[event])
 
 
