@@ -424,6 +424,8 @@ def test_nothing_but_uploads_is_served(page: Page) -> None:
         assert client.get(f"/gradio_api/file={own}").status_code == 200
         for path in ("/etc/hostname", PICTURE, str(Path(__file__)), f"{own}/../../../etc/hostname"):
             assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), path
+        for name in ("/monitoring", "/monitoring/summary", "/gradio_api/mcp/sse"):
+            assert client.get(name).status_code in (403, 404), name
 
 
 def test_what_a_model_says_is_shown_as_text(page: Page, engine: Scripted) -> None:
