@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +29,7 @@ def open_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode_picture(
-    source: Path | BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+    source: Path | BinaryIO, *, name: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """``open_picture`` of an open file or bytes in memory; messages call it ``name``. ``formats``: of Pillow's readers
     those that may look at it (some start other programs); None: all."""
