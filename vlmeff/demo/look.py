@@ -27,6 +27,7 @@ CSS = """
 .vl-table thead th:first-child { text-align: left; }
 .vl-table caption { text-align: left; padding: .3rem .6rem; color: var(--body-text-color-subdued); }
 .vl-text td, .vl-text thead th { text-align: left; }
+.vl-text td { overflow-wrap: anywhere; min-width: 7rem; }
 .vl-text th[scope=row] { white-space: nowrap; }
 .vl-legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center; min-height: 1.6rem; }
 .vl-legend i { display: inline-block; width: .85rem; height: .85rem; border-radius: .2rem; margin-right: .35rem;

@@ -13,6 +13,7 @@ from vlmeff.demo.engine import Done
 from vlmeff.demo.samples import EXAMPLES
 from vlmeff.demo.saving import save_comparison
 from vlmeff.demo.site import AS_PRESET, QUEUE, Kept, Site, make_choice, shown
+from vlmeff.demo.tabs.picture_field import picture_field
 from vlmeff.errors import DataError
 
 TAB = "compare"
@@ -37,10 +38,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     examples = gr.Column(elem_classes="vl-examples")
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            picture = gr.Image(
-                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture", height=260,
-                buttons=[], elem_id="compare-picture", alt_text="The picture that the question is about",
-            )  # fmt: skip
+            picture = picture_field("compare-picture")
             question = gr.Textbox(
                 label="Question", lines=1, max_lines=4, max_length=site.limits.max_question_chars,
                 placeholder="what shape is in the picture?", elem_id="compare-question",
@@ -158,7 +156,7 @@ def _answer(label: str, elem_id: str, *, visible: bool = True) -> gr.Textbox:
 def _saving(site: Site) -> None:
     """Only where the page was started with a folder for it."""
     with gr.Row(equal_height=True):
-        button = gr.Button("Save this comparison", elem_id="compare-save", scale=0, min_width=220)
+        button = gr.Button("Save this comparison", elem_id="compare-save", scale=0, min_width=280)
         said = gr.HTML(look.note(SAVING), elem_id="compare-saved")
 
     @shown

@@ -12,6 +12,7 @@ from vlmeff.demo.engine import Choice
 from vlmeff.demo.samples import EXAMPLES
 from vlmeff.demo.site import QUEUE, Site, shown
 from vlmeff.demo.sweep import Point, Sweep, accuracy, sweep
+from vlmeff.demo.tabs.picture_field import picture_field
 
 TAB = "sweep"
 METHODS = ["hiprune", "divprune", "scope", "visionzip", "fourier", "adaptinfer", "random", "downsample"]
@@ -27,10 +28,7 @@ def build(site: Site, model: gr.Dropdown) -> None:
     examples = gr.Column(elem_classes="vl-examples")
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            picture = gr.Image(
-                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture", height=260,
-                buttons=[], elem_id="sweep-picture", alt_text="The picture that the question is about",
-            )  # fmt: skip
+            picture = picture_field("sweep-picture")
             question = gr.Textbox(
                 label="Question", lines=1, max_lines=4, max_length=site.limits.max_question_chars,
                 elem_id="sweep-question",
@@ -38,8 +36,8 @@ def build(site: Site, model: gr.Dropdown) -> None:
             known = gr.Textbox(label="Right answer, if you know it", max_lines=1, max_length=200, elem_id="sweep-known")
             method = gr.Dropdown(METHODS, value="hiprune", label="Token method", elem_id="sweep-method")
             with gr.Row():
-                run = gr.Button("Run the sweep", variant="primary", elem_id="sweep-run", min_width=140)
-                stop = gr.Button("Stop", elem_id="sweep-stop", min_width=100)
+                run = gr.Button("Run the sweep", variant="primary", elem_id="sweep-run", min_width=190)
+                stop = gr.Button("Stop", elem_id="sweep-stop", min_width=80)
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(look.status(HINT), elem_id="sweep-status")
             plot = gr.LinePlot(
