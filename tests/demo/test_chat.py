@@ -221,12 +221,15 @@ def test_stop_ends_the_generation_and_the_conversation_goes_on(endless):
     assert text_of(log[1]).startswith("word ")
 
 
-def test_after_a_failure_the_next_question_is_answered(endless):
+def test_a_question_that_failed_is_no_part_of_the_conversation(endless):
     engine, client = endless
+    ask(client, "first", PICTURE)
     with pytest.raises(Exception, match="a failure of the model"):
-        ask(client, "fail")
-    ask(client, "again")
-    assert len(engine.asked[-1]) == 1  # the two questions as one turn
+        ask(client, "fail", PICTURE)
+    log = ask(client, "again")
+    texts = [part["text"] for turn in engine.asked[-1] for part in turn["content"] if part["type"] == "text"]
+    assert texts == ["first", NASTY, "again"]
+    assert [text_of(message) for message in log[1:] if message["role"] == "user"] == ["first", "again"]
 
 
 def test_a_new_conversation_forgets_the_old_one(endless):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from vlmeff.demo.compare import ALL_KEPT, NO_COUNT, Comparison, compare, describe, rows, verdict
-from vlmeff.demo.engine import Choice, Done, Note, Stop, Text
+from vlmeff.demo.compare import ALL_KEPT, NO_COUNT, Comparison, Side, compare, describe, rows, verdict
+from vlmeff.demo.engine import Choice, Done, Text
 from vlmeff.demo.saving import save_comparison
+from vlmeff.demo.work import Note, Stop
 from vlmeff.drawing import TokenMap
 from vlmeff.errors import ConfigError
 from vlmeff.reporting import Report
@@ -168,6 +170,15 @@ def test_a_control_that_fails_leaves_the_comparison() -> None:
     assert (now.control.failed, now.finished) == ("not for this model", True)
 
 
+def test_the_baseline_can_be_held_against_itself() -> None:
+    engine = Scripted(Done("a", BASE), Done("a", LESS))
+    (*_, now) = compare(engine, PICTURE, "what?", Choice())
+    assert engine.asked == [Choice(), Choice()]
+    assert now.label("preset") == "baseline again"
+    slower = replace(now, preset=Side("a", Done("a", LESS)))
+    assert verdict(slower).startswith("The baseline's other run was slower")
+
+
 def test_a_choice_has_a_short_name() -> None:
     assert describe(FAST) == "preset fast"
     assert describe(Choice(tokens="hiprune", keep=0.33)) == "hiprune, 33%"
@@ -190,6 +201,23 @@ def test_a_saved_comparison_has_names_made_here_and_holds_what_was_shown(tmp_pat
     assert record["runs"]["preset"]["answer"] == "<b>ü</b>"
     assert record["runs"]["baseline"]["report"]["total_ms"] == 100.0
     assert Image.open(folder / "preset-map-1.png").getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_save_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = end(Scripted(Done("a", BASE), Done("a", LESS)))
+    monkeypatch.setattr(Path, "write_text", lambda *args, **options: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(ConfigError, match="cannot be saved \\(disk full\\)"):
+        save_comparison(tmp_path, now, PICTURE, "what?", "tiny-llava")
+    assert not list(tmp_path.iterdir())
+
+
+def test_visitors_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmeff.demo.saving.MOST_SAVED", 2)
+    now = end(Scripted(Done("a", BASE), Done("a", LESS)))
+    for _ in range(2):
+        save_comparison(tmp_path, now, PICTURE, "what?", "tiny-llava")
+    with pytest.raises(ConfigError, match="2 comparisons are saved already"):
+        save_comparison(tmp_path, now, PICTURE, "what?", "tiny-llava")
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:

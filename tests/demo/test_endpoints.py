@@ -23,11 +23,12 @@ client_of = pytest.importorskip("gradio_client")
 httpx = pytest.importorskip("httpx")
 
 import vlmeff  # noqa: E402
-from vlmeff.demo.engine import Choice, Done, Engine, Note, Stop, Text  # noqa: E402
+from vlmeff.demo.engine import Choice, Done, Engine, Text  # noqa: E402
 from vlmeff.demo.limits import Limits  # noqa: E402
 from vlmeff.demo.page import build_demo, launch_options  # noqa: E402
 from vlmeff.demo.samples import EXAMPLES  # noqa: E402
 from vlmeff.demo.site import AS_PRESET, Site  # noqa: E402
+from vlmeff.demo.work import Note, Stop  # noqa: E402
 from vlmeff.reporting import Report  # noqa: E402
 
 PICTURE = EXAMPLES[0].path

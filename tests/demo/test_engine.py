@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import vlmeff
-from vlmeff.demo.engine import Choice, Done, Engine, Note, Stop, Text, user_turn
+from vlmeff.demo.engine import Choice, Done, Engine, Text, user_turn
 from vlmeff.demo.samples import EXAMPLES
+from vlmeff.demo.work import WAITING, Note, Stop, alone
 from vlmeff.errors import ConfigError, ModelLoadError, UnknownNameError, UnsupportedModelError
 
 LONG = 400  # tokens; runs that are stopped end far before
@@ -113,7 +114,7 @@ def test_stop_ends_generation_within_a_few_tokens_and_frees_the_model(endless: E
     assert done.stopped
     assert len(forwards) <= at + FEW
     assert threading.active_count() == before
-    assert not endless._lock.locked()
+    assert not alone.locked()
     assert last(endless.answer(asked(), Choice(), max_new_tokens=4)).report.new_tokens == 4
 
 
@@ -125,7 +126,7 @@ def test_leaving_the_answer_early_ends_the_generation(endless: Engine) -> None:
         pass
     at = len(forwards)
     news.close()
-    with endless._lock:  # free again at the end of the run
+    with alone:  # free again at the end of the run
         assert len(forwards) <= at + FEW
     handle.remove()
     assert not vlmeff.is_wrapped(endless.model)
@@ -145,7 +146,7 @@ def test_who_waits_for_another_user_can_stop_waiting(endless: Engine) -> None:
         pass
     stop = Stop()
     waiting = endless.answer(asked(), Choice(), stop=stop)
-    assert next(waiting) == Note("waiting for another answer to end")
+    assert next(waiting) == Note(WAITING)
     stop.set()
     assert last(waiting).stopped
     other.close()

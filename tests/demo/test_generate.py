@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 import vlmeff
-from vlmeff.demo.generators import PROMPTS, Drawn, draw_digits, make_clip, missing_extra
+from vlmeff.demo.generators import PROMPTS, draw_digits, make_clip, missing_extra
+from vlmeff.demo.work import WAITING, Stop, Stopped, alone
 from vlmeff.errors import ConfigError
 
 H264_DB = 35.0  # of a decoded clip to the frames that were coded, at the quality that write_mp4 asks for
@@ -51,9 +54,11 @@ def test_both_clips_are_mp4_files_of_the_frames_that_the_pipeline_makes(tmp_path
     imageio = pytest.importorskip("imageio.v2")
     from vlmeff.diffusion.generating import call_defaults
 
-    *told, drawn = make_clip(PROMPTS[1], "fast", seed=2, folder=tmp_path)
-    assert isinstance(drawn, Drawn)
-    assert all(isinstance(text, str) for text in told)
+    told: list[str] = []
+    drawn = make_clip(PROMPTS[1], "fast", seed=2, folder=tmp_path, progress=told.append)
+    assert told == [
+        "loading tiny-wan", "unwrapped: warming up", "unwrapped: measuring", "wrapping with fast", "fast: measuring"
+    ]  # fmt: skip
     pipe, _ = vlmeff.load("tiny-wan")
     generator = torch.Generator().manual_seed(2)
     direct = pipe(PROMPTS[1], generator=generator, output_type="np", **call_defaults(pipe)).frames[0]
@@ -64,6 +69,69 @@ def test_both_clips_are_mp4_files_of_the_frames_that_the_pipeline_makes(tmp_path
     assert -10 * np.log10(np.square(unwrapped - large).mean()) > H264_DB
     assert not np.array_equal(unwrapped, preset)
     assert [row[0] for row in drawn.rows] == ["unwrapped", "fast"]
+
+
+def test_a_stop_ends_the_drawing_before_the_next_run_and_a_clip_after_a_step(tmp_path):
+    told: list[str] = []
+    stop, steps = Stop(), 0
+
+    def progress(run: str) -> None:
+        stop.check()
+        told.append(run)
+        if len(told) == 2:
+            stop.set()
+
+    with pytest.raises(Stopped):
+        draw_digits(3, mode="coupled", seed=0, count=1, progress=progress)
+    assert told == ["warming up", "plain, 16 steps"]
+
+    pytest.importorskip("diffusers")
+
+    def on_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        make_clip(PROMPTS[0], "fast", seed=0, folder=tmp_path, on_step=on_step)
+    assert steps == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    pytest.importorskip("gradio")
+    from vlmeff.demo.engine import Engine
+    from vlmeff.demo.page import build_demo, launch_options
+    from vlmeff.demo.site import Site
+
+    site = Site(Engine("tiny-llava"), ["tiny-llava"])
+    demo = build_demo(site)
+    demo.launch(prevent_thread_lock=True, quiet=True, **launch_options(site))
+    yield demo.local_url
+    demo.close()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "arguments"), [("draw", [3, "coupled", 0]), ("clip", [PROMPTS[0], "fast", 0])], ids=["draw", "clip"]
+)
+def test_the_page_waits_for_other_runs_and_its_stop_button_ends_that(address, endpoint, arguments):
+    if endpoint == "clip":
+        pytest.importorskip("diffusers")
+    from gradio_client import Client
+
+    client = Client(address, verbose=False)
+    with alone:  # another visitor's run
+        job = client.submit(*arguments, api_name=f"/{endpoint}")
+        deadline = time.monotonic() + 60
+        while not any(WAITING in str(told) for told in job.outputs()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        client.predict(api_name=f"/stop_{endpoint}")
+        assert "stopped" in str(job.result(timeout=60)[0])
+    sheet = client.predict(*arguments, api_name=f"/{endpoint}")[-2]
+    assert Path(sheet).is_file()
 
 
 def test_without_the_extra_the_page_says_what_to_install(monkeypatch):

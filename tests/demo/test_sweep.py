@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmeff.demo.engine import Choice, Done, Engine, Note, Stop, Text
+from vlmeff.demo.engine import Choice, Done, Engine, Text
 from vlmeff.demo.samples import EXAMPLES
 from vlmeff.demo.sweep import BUDGETS, Sweep, accuracy, sweep
+from vlmeff.demo.work import Note, Stop
 from vlmeff.errors import ConfigError
 from vlmeff.reporting import Report
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import imageio.v2 as imageio
 from vlmeff.demo import video
 from vlmeff.demo.engine import Choice, Engine, Text
 from vlmeff.demo.video import MOST_FRAMES, ask_video, choose_frames, kept, read_clip
+from vlmeff.demo.work import Stop, Stopped
 from vlmeff.errors import DataError, UnsupportedModelError
 from vlmeff.models.tiny_clip.captions import COLORS
 from vlmeff.models.tiny_wan.clips import Clip as Moving
@@ -107,6 +110,25 @@ def test_a_playlist_that_names_other_files_is_refused(tmp_path, monkeypatch):
         read_clip(lure)
     monkeypatch.setattr(video, "GUARDS", [])
     assert read_clip(lure).frames  # so without the guard it is followed
+
+
+def test_a_stop_ends_the_reading_and_ffmpeg(tmp_path, monkeypatch):
+    started: list[Any] = []
+    real = subprocess.Popen
+
+    def remembered(*args: Any, **options: Any) -> Any:
+        started.append(real(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr("subprocess.Popen", remembered)
+    path = write(tmp_path / "a.mp4", greys(40), 10)
+    stop = Stop()
+    stop.set()
+    with pytest.raises(Stopped):
+        read_clip(path, stop=stop)
+    gc.collect()
+    assert started
+    assert all(process.poll() is not None for process in started)
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\x00\x00\x00\x18ftypmp42" + bytes(100)])

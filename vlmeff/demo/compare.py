@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from vlmeff.demo.engine import Answering, Choice, Done, Note, Stop, Text, user_turn
+from vlmeff.demo.engine import Answering, Choice, Done, Text, user_turn
+from vlmeff.demo.work import Note, Stop
 from vlmeff.errors import VlmeffError
 
 PLAIN = Choice()
@@ -36,7 +37,8 @@ class Side:
 class Comparison:
     """What is on the page at one moment.
 
-    ``order``: the runs in the order of execution.  ``choice``: the preset's.  ``control``: a third run that keeps as
+    ``order``: the runs in the order of execution.  ``choice``: the preset's; None before
+    the first run.  ``control``: a third run that keeps as
     many visual tokens as the preset did, by the method ``control_method``.
     """
 
@@ -45,7 +47,7 @@ class Comparison:
     preset: Side = field(default_factory=Side)
     control: Side = field(default_factory=Side)
     order: tuple[str, ...] = ("baseline", "preset")
-    choice: Choice = PLAIN
+    choice: Choice | None = None
     control_method: str | None = None
 
     @property
@@ -60,7 +62,9 @@ class Comparison:
     def label(self, name: str) -> str:
         if name == "baseline":
             return "baseline"
-        return describe(self.choice) if name == "preset" else f"control: {self.control_method}"
+        if name == "control":
+            return f"control: {self.control_method}"
+        return "preset" if self.choice is None else describe(self.choice)
 
     @property
     def finished(self) -> bool:
@@ -73,9 +77,11 @@ class Comparison:
 
 
 def describe(choice: Choice) -> str:
-    """A choice in a few words, for the head of a column."""
+    """A choice in a few words, for the head of a column. The baseline beside itself shows how noisy the times are."""
+    if choice.plain:
+        return "baseline again"
     if choice.tokens is None:
-        return "preset" if choice.preset is None else f"preset {choice.preset}"
+        return f"preset {choice.preset}"
     if choice.keep is None:
         return choice.tokens
     return (
@@ -178,7 +184,7 @@ def rows(now: Comparison) -> list[Row]:
     same = {None: "-", True: "yes", False: "no"}
     out.append(Row("same answer", ("", *(same[now.same_answer(name)] for name in now.runs[1:]))))
     ran = dict(zip(now.order, ("first", "second", "third"), strict=False))
-    known = now.choice is not PLAIN
+    known = now.choice is not None
     out.append(Row("order of the runs", tuple(ran[name] if known else "-" for name in now.runs)))
     return out
 
@@ -190,7 +196,8 @@ def verdict(now: Comparison) -> str:
         return ""
     share = run.report.total_ms / base.report.total_ms
     word = "slower" if share > 1 else "faster"
-    text = f"The preset was {word} in this run: {run.report.total_ms:.0f} against {base.report.total_ms:.0f} ms"
+    who = "The baseline's other run" if now.choice is not None and now.choice.plain else "The preset"
+    text = f"{who} was {word} in this run: {run.report.total_ms:.0f} against {base.report.total_ms:.0f} ms"
     if 0.95 <= share <= 1.05:
         text = f"Both took about as long in this run: {run.report.total_ms:.0f} and {base.report.total_ms:.0f} ms"
     lengths = run.report.new_tokens, base.report.new_tokens

@@ -6,10 +6,8 @@ model is wrapped and unwrapped for each run under one lock, so users never see e
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,14 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from vlmeff import zoo
+from vlmeff.demo.work import Note, Stop, Stopped, alone, run_alone
 from vlmeff.drawing import TokenMap, token_maps
 from vlmeff.errors import ConfigError, UnsupportedModelError
 from vlmeff.loading import load
 from vlmeff.reporting import Report, measure, report
 from vlmeff.wrapping import is_wrapped, unwrap, wrap
 
-SILENCE_SECONDS = 600.0  # without a token: the thread has died in a way that no exception tells
-LEAVING_SECONDS = 1.0  # who closes the iterator may be an event loop: it does not wait for a model that still loads
 MOST_WARM = 1000
 
 Content = list[dict[str, Any]]
@@ -62,13 +59,6 @@ class Choice:
 @dataclass(frozen=True)
 class Text:
     """The whole answer so far."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Note:
-    """What is going on, in a few words: loading, warming up, waiting for another user."""
 
     text: str
 
@@ -115,24 +105,6 @@ class Answering(Protocol):
         """News of the answer to the last turn; the last one is a ``Done``, unless it raises."""
 
 
-class Stop:
-    """Set by the stop button: ``generate`` ends at its next token, and no further run begins."""
-
-    def __init__(self, outer: Stop | None = None) -> None:
-        self._event, self._outer = threading.Event(), outer
-
-    def set(self) -> None:
-        self._event.set()
-
-    @property
-    def asked(self) -> bool:
-        return self._event.is_set() or (self._outer is not None and self._outer.asked)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """As a stopping criterion of transformers."""
-        return torch.full((len(input_ids),), self.asked, device=input_ids.device, dtype=torch.bool)
-
-
 class Engine:
     """One vision-language model and its processor, exchanged for another when a run asks for that.
 
@@ -146,14 +118,13 @@ class Engine:
         self.name, self.device, self.dtype = name, device, dtype
         self.model: Any = None
         self.processor: Any = None
-        self._lock = threading.Lock()
         self._warm: set[Choice] = set()
 
     # -- the model
 
     def load(self) -> None:
         """Load the model that the engine was made for."""
-        with self._lock:
+        with alone:
             if self.model is None:
                 self._load(self.name)
 
@@ -188,52 +159,23 @@ class Engine:
 
         Raises what loading, wrapping and generating raise, from the iterator.
         """
-        stop = Stop(outer=stop)  # of its own, because leaving this iterator is no wish to end what comes after it
-        said: queue.SimpleQueue[Text | Note | Done | BaseException] = queue.SimpleQueue()
-        worker = threading.Thread(
-            target=self._work, args=(list(turns), choice, model, max_new_tokens, stop, said), daemon=True
-        )
-        worker.start()
-        try:
-            while True:
-                try:
-                    item = said.get(timeout=SILENCE_SECONDS)
-                except queue.Empty:
-                    raise TimeoutError(f"demo: the model said nothing for {SILENCE_SECONDS:.0f} seconds") from None
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if isinstance(item, Done):
-                    return
-        finally:
-            stop.set()
-            worker.join(LEAVING_SECONDS)
 
-    def _work(
-        self, turns: list[Turn], choice: Choice, model: str | None, max_new_tokens: int, stop: Stop, said: Any
-    ) -> None:
-        try:
-            if not self._lock.acquire(blocking=False):
-                said.put(Note("waiting for another answer to end"))
-                while not self._lock.acquire(timeout=0.1):
-                    if stop.asked:
-                        said.put(Done("", Report(), stopped=True))
-                        return
-            try:
-                name = self.name if model is None else model
-                if self.model is None or name != self.name:
-                    said.put(Note(f"loading {name}"))
-                    self._load(name)
-                if stop.asked:
-                    said.put(Done("", Report(), stopped=True))
-                else:
-                    said.put(self._run(turns, choice, max_new_tokens, stop, said))
-            finally:
-                self._lock.release()
-        except BaseException as error:  # handed to whoever asked
-            said.put(error)
+        def work(say: Callable[[Any], None], stop: Stop) -> None:
+            name = self.name if model is None else model
+            if self.model is None or name != self.name:
+                say(Note(f"loading {name}"))
+                self._load(name)
+                stop.check()
+            say(self._run(turns, choice, max_new_tokens, stop, say))
 
-    def _run(self, turns: list[Turn], choice: Choice, max_new_tokens: int, stop: Stop, said: Any) -> Done:
+        try:
+            yield from run_alone(work, stop=stop)
+        except Stopped:
+            yield Done("", Report(), stopped=True)
+
+    def _run(
+        self, turns: Sequence[Turn], choice: Choice, max_new_tokens: int, stop: Stop, say: Callable[[Any], None]
+    ) -> Done:
         model, processor = self.model, self.processor
         try:
             choice.wrap(model)
@@ -243,13 +185,13 @@ class Engine:
                     inputs[name] = inputs[name].to(model.dtype)
             options: dict[str, Any] = {"do_sample": False, "stopping_criteria": [stop]}
             if choice not in self._warm:
-                said.put(Note("warm-up run, not measured"))
+                say(Note("warm-up run, not measured"))
                 model.generate(**inputs, **options, max_new_tokens=2)
                 if len(self._warm) >= MOST_WARM:
                     self._warm.clear()
                 self._warm.add(choice)
             peak = _Peak(model.device)
-            streamer = _Streamer(processor.tokenizer, said)
+            streamer = _Streamer(processor.tokenizer, say)
             if choice.plain:
                 with measure(model, dict(inputs)) as measured:
                     ids = model.generate(**inputs, **options, max_new_tokens=max_new_tokens, streamer=streamer)
@@ -283,8 +225,8 @@ class _Streamer:
 
     INTERVAL_SECONDS = 0.03
 
-    def __init__(self, tokenizer: Any, said: Any) -> None:
-        self._tokenizer, self._said = tokenizer, said
+    def __init__(self, tokenizer: Any, say: Any) -> None:
+        self._tokenizer, self._say = tokenizer, say
         self._ids: list[int] = []
         self._prompt_is_past = False
         self._last = 0.0
@@ -304,7 +246,7 @@ class _Streamer:
 
     def _tell(self) -> None:
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True).strip()
-        self._said.put(Text(text.removesuffix("\N{REPLACEMENT CHARACTER}")))  # a character that is not whole yet
+        self._say(Text(text.removesuffix("\N{REPLACEMENT CHARACTER}")))  # a character that is not whole yet
 
 
 def user_turn(question: str, pictures: Sequence[Image.Image] = ()) -> Turn:

@@ -1,12 +1,10 @@
-"""Pictures and clips for the Generate tab: the shipped generators, plain beside accelerated. One at a time."""
+"""Pictures and clips for the Generate tab: the shipped generators, plain beside accelerated."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -15,9 +13,6 @@ from vlmeff.errors import ConfigError, MissingExtraError
 MODES = ("coupled", "exact", "cspd")
 DIGITS = tuple(range(10))
 PROMPTS = ("a red circle moving left", "a blue square moving up", "a green circle moving right")
-LOOK_AGAIN_SECONDS = 0.1
-
-_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +26,13 @@ class Drawn:
     clips: tuple[Path, ...] = ()
 
 
-def draw_digits(digit: int, *, mode: str, seed: int, count: int = 4) -> Drawn:
+def draw_digits(
+    digit: int, *, mode: str, seed: int, count: int = 4, progress: Callable[[str], None] = lambda run: None
+) -> Drawn:
     """``count`` samples of a class by tiny-mar: plainly with all steps, half and a quarter of them, and with ``mode``.
 
+    Args:
+        progress: told of each run before it begins; what it raises ends the drawing.
     Raises:
         ConfigError: an argument cannot work.
     """
@@ -47,11 +46,10 @@ def draw_digits(digit: int, *, mode: str, seed: int, count: int = 4) -> Drawn:
     from vlmeff.wrapping import wrap
 
     config = Continuous.named(mode)
-    with _lock:
-        # Anew for each call, which takes a tenth of a second and leaves nothing of the last visitor's settings.
-        draft = load_draft() if config.needs_draft else None
-        target = wrap(load("tiny-mar")[0], None, continuous=config, draft=draft)
-        compared = compare_modes(target, [digit] * count, config=config, seed=seed)
+    # Anew for each call, which takes a tenth of a second and leaves nothing of the last visitor's settings.
+    draft = load_draft() if config.needs_draft else None
+    target = wrap(load("tiny-mar")[0], None, continuous=config, draft=draft)
+    compared = compare_modes(target, [digit] * count, config=config, seed=seed, progress=progress)
     plain = compared.plain
     rows = []
     for run in compared.runs:
@@ -74,11 +72,20 @@ def missing_extra() -> str | None:
     return None
 
 
-def make_clip(prompt: str, preset: str, *, seed: int, folder: Path) -> Iterator[str | Drawn]:
-    """A clip by tiny-wan, unwrapped and with a preset; what is going on, then what came of it.
+def make_clip(
+    prompt: str,
+    preset: str,
+    *,
+    seed: int,
+    folder: Path,
+    progress: Callable[[str], None] = lambda what: None,
+    on_step: Callable[[], None] = lambda: None,
+) -> Drawn:
+    """A clip by tiny-wan, unwrapped and with a preset.
 
     Args:
         folder: where the two mp4 files go; their names are ours, not the visitor's.
+        progress, on_step: as of ``generate_video``.
     Raises:
         MissingExtraError: the extra ``diffusion`` is not installed.
     """
@@ -87,27 +94,7 @@ def make_clip(prompt: str, preset: str, *, seed: int, folder: Path) -> Iterator[
     check_extra()
     from vlmeff.diffusion.sheet import draw_sheet, write_mp4
 
-    news: list[str] = []
-    result: list[Any] = []
-
-    def work() -> None:
-        try:
-            with _lock:
-                result.append(generate_video(prompt, preset=preset, seed=seed, progress=news.append))
-        except BaseException as error:  # handed to whoever asked
-            result.append(error)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    told = 0
-    while worker.is_alive():
-        worker.join(LOOK_AGAIN_SECONDS)
-        if told < len(news):
-            told = len(news)
-            yield news[-1]
-    (videos,) = result
-    if isinstance(videos, BaseException):
-        raise videos
+    videos = generate_video(prompt, preset=preset, seed=seed, progress=progress, on_step=on_step)
     clips = []
     for name, run in zip(("unwrapped", "preset"), videos.runs, strict=True):
         clips.append(folder / f"{name}.mp4")
@@ -117,4 +104,4 @@ def make_clip(prompt: str, preset: str, *, seed: int, folder: Path) -> Iterator[
     rows[-1][3:] = [f"{difference['latent_error']:.4f}", f"{difference['psnr_db']:.1f}"]
     head = ["run", "seconds", "transformer, MiB", "latent error", "PSNR, dB"]
     note = "Same prompt, same noise. A model this small gains memory, not time."
-    yield Drawn(draw_sheet(videos), head, rows, note, tuple(clips))
+    return Drawn(draw_sheet(videos), head, rows, note, tuple(clips))

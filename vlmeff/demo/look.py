@@ -47,7 +47,8 @@ CSS = """
 .vl-examples .container, .vl-examples img { width: 3rem !important; height: 3rem !important; max-width: 3rem;
   border-width: 0; object-fit: cover; }
 .vl-examples .table-wrap { border: 0 !important; overflow: visible; }
-#chat-log button[aria-label="Share"] { display: none; } /* it would send the picture to huggingface.co */
+/* Told by its icon, because its name depends on the visitor's language: it would send the picture to huggingface.co. */
+#chat-log button:has(path[d^="M23,20a5,5"]) { display: none; }
 @media (max-width: 640px) {
   .tabs { max-width: calc(100vw - 4rem); }
   #head { flex-direction: column; align-items: stretch; }

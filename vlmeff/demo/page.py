@@ -9,7 +9,6 @@ import gradio as gr
 from vlmeff.demo import alternative_text, look
 from vlmeff.demo.site import Site, shown
 from vlmeff.demo.tabs import about_tab, chat_tab, compare_tab, generate_tab, sweep_tab, video_tab
-from vlmeff.demo.tabs.chat_tab import BASELINE
 
 HEAD = (
     '<div class="vl-head"><h1>vlmeff</h1><p>The same model, cheaper to run: its answer as it is, and its answer with a '
@@ -41,10 +40,8 @@ def build_demo(site: Site) -> gr.Blocks:
                 about_tab.build(site, model)
 
         @shown
-        def use(name: str) -> tuple[Any, Any, Any]:
-            known, value = site.presets(name), site.favourite(name)
-            either = gr.Dropdown(choices=known, value=value)
-            return either, gr.Dropdown(choices=[BASELINE, *known], value=value), either
+        def use(name: str) -> list[Any]:
+            return [gr.Dropdown(choices=site.presets(name), value=site.favourite(name))] * 3
 
         model.change(use, [model], [compared, chatted, filmed], api_name="model", queue=False)
     demo.queue(max_size=16, default_concurrency_limit=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from vlmeff import __version__
 from vlmeff.demo.compare import Comparison
 from vlmeff.errors import ConfigError
 
+MOST_SAVED = 10_000  # some gigabytes; visitors decide how often the button is pressed
+
 
 def save_comparison(log_dir: Path, now: Comparison, picture: Image.Image, question: str, model: str) -> Path:
     """Write ``comparison.json``, ``picture.png`` and the token maps into a new folder; returns the folder.
 
-    Nothing of what the visitor sent gets into a file's name.
+    Nothing of what the visitor sent gets into a file's name. A folder that could not be finished is removed.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or ``log_dir`` holds ``MOST_SAVED`` comparisons.
     """
+    if log_dir.is_dir() and sum(1 for _ in log_dir.iterdir()) >= MOST_SAVED:
+        raise ConfigError(f"{MOST_SAVED} comparisons are saved already: whoever serves this page must move some away.")
     moment = datetime.now(UTC)
     folder = log_dir / f"{moment:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
     try:
@@ -40,6 +45,7 @@ def save_comparison(log_dir: Path, now: Comparison, picture: Image.Image, questi
         }
         (folder / "comparison.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise ConfigError(f"The comparison cannot be saved ({error.strerror}).") from error
     return folder
 

@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image
 
 from vlmeff.demo.compare import Comparison
-from vlmeff.demo.engine import Answering, Choice, Stop
+from vlmeff.demo.engine import Answering, Choice
 from vlmeff.demo.limits import NO_PICTURE, Limits
+from vlmeff.demo.work import Stop
 from vlmeff.errors import DataError, VlmeffError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ MOST_SESSIONS = 1000
 MOST_KEPT = 32  # they hold pictures
 FAVOURITE = "fast"
 AS_PRESET = "as the preset says"
+BASELINE = "baseline"  # the model as it is, among the presets
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,8 @@ class Site:
 
         if path and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
             raise DataError("That picture was not uploaded here: drop it on the page.")
+        if path and not Path(path).is_file():
+            raise DataError("A picture is no longer here, because uploads are deleted after a while: send it again.")
         return self.limits.picture(path)
 
     def complaints(self, path: str | None, question: str | None) -> tuple[str, str]:
@@ -108,10 +112,10 @@ class Site:
 
     def favourite(self, model: str | None = None) -> str:
         known = self.presets(model)
-        return FAVOURITE if FAVOURITE in known else known[0]
+        return FAVOURITE if FAVOURITE in known else known[-1]
 
     def presets(self, model: str | None = None) -> list[str]:
-        return self.engine.presets(self.models[0] if model is None else model)
+        return [BASELINE, *self.engine.presets(self.models[0] if model is None else model)]
 
 
 def make_choice(
@@ -119,7 +123,7 @@ def make_choice(
 ) -> Choice:
     """From what the controls say: ``share`` in percent of the visual tokens counts where a method is named."""
     if method is None or method == AS_PRESET:
-        return Choice(preset=preset)
+        return Choice(preset=None if preset == BASELINE else preset)
     keep = None if share is None else share / 100
     return Choice(preset=None, tokens=method, keep=keep, kv=kv, seed=seed if method == "random" else None)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from vlmeff.demo.compare import MIB, PLAIN
-from vlmeff.demo.engine import Answering, Choice, Done, Note, Stop, user_turn
+from vlmeff.demo.engine import Answering, Choice, Done, user_turn
+from vlmeff.demo.work import Note, Stop
 from vlmeff.errors import VlmeffError
 from vlmeff.evaluation.normalize import vqa
 

@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image
 
 from vlmeff.demo.compare import PLAIN, Comparison, Side
-from vlmeff.demo.engine import Answering, Choice, Done, Note, Stop, Text, video_turn
+from vlmeff.demo.engine import Answering, Choice, Done, Text, video_turn
+from vlmeff.demo.work import Note, Stop
 from vlmeff.errors import DataError, MissingExtraError
 from vlmeff.vlm.clips import select_clips
 
@@ -55,7 +56,7 @@ class Clip:
         }
 
 
-def read_clip(path: str | Path, *, most_frames: int = MOST_FRAMES) -> Clip:
+def read_clip(path: str | Path, *, most_frames: int = MOST_FRAMES, stop: Stop | None = None) -> Clip:
     """At most ``most_frames`` RGB frames, spread evenly over the video.
 
     Length and size are read from the file's header; FFmpeg decodes nothing of a larger size, and for no longer than
@@ -63,7 +64,9 @@ def read_clip(path: str | Path, *, most_frames: int = MOST_FRAMES) -> Clip:
 
     Raises:
         DataError: it is no video, too long or too large.  MissingExtraError: imageio-ffmpeg is not installed.
+        Stopped: ``stop`` was set between two frames.
     """
+    stop = stop if stop is not None else Stop()
     try:
         import imageio_ffmpeg
     except ImportError as error:
@@ -93,7 +96,10 @@ def read_clip(path: str | Path, *, most_frames: int = MOST_FRAMES) -> Clip:
             str(path), input_params=[*GUARDS, "-t", str(MOST_SECONDS)], output_params=wanted
         )
         size = next(frames)["size"]
-        pictures = [Image.frombytes("RGB", size, data) for data in frames]
+        pictures = []
+        for data in frames:
+            stop.check()
+            pictures.append(Image.frombytes("RGB", size, data))
     except (OSError, RuntimeError, ValueError, LookupError, AssertionError, StopIteration) as error:
         raise DataError(UNREADABLE) from error
     if not pictures:

@@ -90,11 +90,18 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
-def run_video(pipe: Any, prompt: str, *, label: str, seed: int, call: dict[str, Any], report: Any = None) -> VideoRun:
-    """One timed call with ``output_type="np"``; the latents are those that the last step leaves."""
+def run_video(
+    pipe: Any, prompt: str, *, label: str, seed: int, call: dict[str, Any], report: Any = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> VideoRun:  # fmt: skip
+    """One timed call with ``output_type="np"``; the latents are those that the last step leaves.
+
+    ``on_step`` is called after every denoising step; what it raises ends the call.
+    """
     last: dict[str, Tensor] = {}
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_step()
         last.update(tensors)
         return {}
 
@@ -124,12 +131,15 @@ def generate_video(
     call: dict[str, Any] | None = None,
     device: str | None = None,
     dtype: Any = "auto",
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda what: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Videos:
     """Load a pipeline, make the clip as it is (``compare``), wrap it and make the clip again from the same noise.
 
     Args:
         call: arguments of the pipeline's call; they win over those of the folder's ``call.json``.
+        progress: told what is about to be done.  on_step: called after every denoising step. What they raise ends the
+            call.
     Raises:
         UnsupportedModelError: the model is no diffusers video pipeline.
         MissingExtraError: diffusers, ftfy or imageio is missing.
@@ -153,13 +163,15 @@ def generate_video(
         progress("unwrapped: warming up")
         run_video(pipe, prompt, label="", seed=seed, call=warm)
         progress("unwrapped: measuring")
-        runs.append(run_video(pipe, prompt, label="unwrapped", seed=seed, call=arguments))
+        runs.append(run_video(pipe, prompt, label="unwrapped", seed=seed, call=arguments, on_step=on_step))
     if preset is not None:
         progress(f"wrapping with {preset}")
         vlmeff.wrap(pipe, preset)
         run_video(pipe, prompt, label="", seed=seed, call=warm)
         progress(f"{preset}: measuring")
-        runs.append(run_video(pipe, prompt, label=preset, seed=seed, call=arguments, report=vlmeff.report))
+        runs.append(
+            run_video(pipe, prompt, label=preset, seed=seed, call=arguments, report=vlmeff.report, on_step=on_step)
+        )
     if not runs:
         raise ConfigError("generate video: nothing to run with --preset none and --no-compare.")
     return Videos(prompt=prompt, seed=seed, call=arguments, runs=runs)

@@ -14,12 +14,12 @@ import gradio as gr
 from vlmeff.demo import look
 from vlmeff.demo.chat import Message, check_length, turns_of
 from vlmeff.demo.compare import MIB
-from vlmeff.demo.engine import Choice, Done, Note
+from vlmeff.demo.engine import Done
 from vlmeff.demo.samples import EXAMPLES, Example
-from vlmeff.demo.site import QUEUE, Site, shown
+from vlmeff.demo.site import QUEUE, Site, make_choice, shown
+from vlmeff.demo.work import Note
 
 TAB = "chat"
-BASELINE = "baseline"
 STARTERS = [example for example in EXAMPLES if example.file in ("four-shapes.png", "scene-1.png")]
 PLACEHOLDER = "Add pictures, ask a question, press Enter."
 
@@ -42,7 +42,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
                 clear = gr.Button("New conversation", min_width=120, elem_id="chat-clear")
         with gr.Column(scale=1, min_width=270):
             preset = gr.Dropdown(
-                [BASELINE, *site.presets()], value=site.favourite(), label="Preset",
+                site.presets(), value=site.favourite(), label="Preset",
                 info="Of the next answer; the pictures of earlier turns count too.", elem_id="chat-preset",
             )  # fmt: skip
             longest = gr.Slider(
@@ -64,23 +64,28 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     ) -> Iterator[Any]:  # fmt: skip
         text = site.limits.question(message.get("text"))
         files = tuple(str(file) for file in message.get("files") or ())
-        messages = [*messages, Message("user", text, files)]
+        before, messages = messages, [*messages, Message("user", text, files)]
         check_length(messages, site.limits)
         turns = turns_of(messages, site.picture)
         flag = site.begin(request.session_hash, TAB)
         locked = gr.MultimodalTextbox(value=None, interactive=False)
         yield messages, _log(messages), locked, look.status("starting"), gr.skip()
         last: tuple[Any, ...] = messages, _log(messages), gr.skip()
-        choice = Choice() if name == BASELINE else Choice(preset=name)
-        for news in site.engine.answer(turns, choice, model=model_name, max_new_tokens=int(tokens), stop=flag):
-            if isinstance(news, Note):
-                yield gr.skip(), gr.skip(), gr.skip(), look.status(news.text), gr.skip()
-                continue
-            # An answer that was stopped before its first word leaves no empty bubble.
-            so_far = [*messages, Message("assistant", news.text)] if news.text or not flag.asked else messages
-            figures = _cost(news) if isinstance(news, Done) else gr.skip()
-            last = so_far, _log(so_far), figures
-            yield so_far, _log(so_far), gr.skip(), look.status("answering"), figures
+        choice = make_choice(name, None, None)
+        try:
+            for news in site.engine.answer(turns, choice, model=model_name, max_new_tokens=int(tokens), stop=flag):
+                if isinstance(news, Note):
+                    yield gr.skip(), gr.skip(), gr.skip(), look.status(news.text), gr.skip()
+                    continue
+                # An answer that was stopped before its first word leaves no empty bubble.
+                so_far = [*messages, Message("assistant", news.text)] if news.text or not flag.asked else messages
+                figures = _cost(news) if isinstance(news, Done) else gr.skip()
+                last = so_far, _log(so_far), figures
+                yield so_far, _log(so_far), gr.skip(), look.status("answering"), figures
+        except Exception:  # a question that failed is no part of the conversation: it is in the box again
+            again = gr.MultimodalTextbox(value={"text": text, "files": list(files)}, interactive=True)
+            yield before, _log(before), again, look.status(""), gr.skip()
+            raise
         # Whole, because a caller of the API gets only what was said last.
         so_far, log, figures = last
         yield so_far, log, gr.MultimodalTextbox(interactive=True), look.status("stopped" if flag.asked else ""), figures

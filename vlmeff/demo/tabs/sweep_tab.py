@@ -16,7 +16,7 @@ from vlmeff.demo.tabs.picture_field import picture_field
 
 TAB = "sweep"
 METHODS = ["hiprune", "divprune", "scope", "visionzip", "fourier", "adaptinfer", "random", "downsample"]
-HEAD = ["budget", "visual tokens", "answer", "right", "first token, ms", "total, ms", "KV cache, MiB"]
+HEAD = ["budget", "visual tokens", "answer", "as with all", "right", "first token, ms", "total, ms", "KV cache, MiB"]
 HINT = "Click an example, or drop a picture and ask about it; then run the sweep."
 NOISE = "One run at each budget, so the times are noisy; each follows a warm-up run that is not measured."
 
@@ -105,9 +105,10 @@ def _table(now: Sweep) -> str:
 
 def _cells(p: Point) -> list[str]:
     if p.failed:
-        return [f"{p.share:.0%}", "-", p.failed, "", "", "", ""]
+        return [f"{p.share:.0%}", "-", p.failed, "", "", "", "", ""]
     right = "" if p.correct is None else "yes" if p.correct else "no"
     times = ["-" if value is None else f"{value:.1f}" for value in (p.first_token_ms, p.total_ms)]
     memory = "-" if p.kv_mib is None else f"{p.kv_mib:.3g}"
     answer = p.answer if len(p.answer) <= 120 else f"{p.answer[:117]}..."
-    return [f"{p.share:.0%}", str(p.visual_tokens), answer, right, *times, memory]
+    same = "yes" if p.same else "no"
+    return [f"{p.share:.0%}", str(p.visual_tokens), answer, same, right, *times, memory]

@@ -13,6 +13,7 @@ from vlmeff.demo.compare import Comparison, rows
 from vlmeff.demo.samples import Example
 from vlmeff.demo.site import QUEUE, Site, make_choice, shown
 from vlmeff.demo.video import LOOKED_AT, MOST_FRAMES, MOST_SECONDS, Clip, ask_video, choose_frames, kept, read_clip
+from vlmeff.demo.work import Stopped
 from vlmeff.errors import DataError
 
 TAB = "video"
@@ -86,7 +87,12 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
         choice = make_choice(name, None, None)
         now = Comparison(choice=choice)
         yield look.status("reading the video"), "", "", _figures(now), *[gr.skip()] * 4
-        clip = read_clip(_uploaded(site, path), most_frames=LOOKED_AT if choosing else MOST_FRAMES)
+        try:
+            clip = read_clip(_uploaded(site, path), most_frames=LOOKED_AT if choosing else MOST_FRAMES, stop=flag)
+            flag.check()
+        except Stopped:
+            yield look.status("stopped"), *[gr.skip()] * 7
+            return
         if choosing:
             clip = choose_frames(clip, asked)
         sent = [(frame, f"{time:.1f} s") for frame, time in zip(clip.frames, clip.seconds, strict=True)]

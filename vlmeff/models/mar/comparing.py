@@ -5,6 +5,7 @@ Decoding with fewer steps is always among the runs: it is the cheap way to save 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +88,13 @@ def compare_modes(
     cfg: float = 1.0,
     seed: int = 0,
     compare: bool = True,
+    progress: Callable[[str], None] = lambda run: None,
 ) -> Comparison:
     """Sample as configured; with ``compare`` also plainly, with all steps and with a half and a quarter of them.
 
     Args:
         model: wrapped with ``config``, unless that is plain decoding.
+        progress: told of each run before it begins; what it raises ends the comparison.
     Raises:
         ConfigError: an argument cannot work.
     """
@@ -100,15 +103,20 @@ def compare_modes(
     def sample(steps: int, **mode: Any) -> MAROutput:
         return model.sample(torch.tensor(labels), num_iter=steps, cfg=cfg, seed=seed, **mode)
 
+    plain = [steps] if compare or config.plain else []
+    fewer = [max(1, round(share * steps)) for share in SHARES] if compare else []
+    order = [(n, True) for n in plain] + ([] if config.plain else [(steps, False)])
+    order += [(n, True) for n in dict.fromkeys(fewer) if n < steps]
+    progress("warming up")
     sample(max(1, steps // 8), mode=None)  # the first call in a process is slower
-    full = sample(steps, mode=None) if compare or config.plain else None
-    runs = [] if full is None else [_run(f"plain, {steps} steps", full, full)]
-    if not config.plain:
-        runs.append(_run(_describe(config), sample(steps), full))
-    if compare:
-        for fewer in dict.fromkeys(max(1, round(share * steps)) for share in SHARES):
-            if fewer < steps:
-                runs.append(_run(f"plain, {fewer} steps", sample(fewer, mode=None), full))
+    runs: list[Run] = []
+    full: MAROutput | None = None
+    for n, plainly in order:
+        label = f"plain, {n} steps" if plainly else _describe(config)
+        progress(label)
+        output = sample(n, mode=None) if plainly else sample(n)
+        full = output if full is None and plainly else full
+        runs.append(_run(label, output, full))
     return Comparison(runs=runs, labels=labels, seed=seed, cfg=cfg, guarantee=config.guarantee)
 
 
