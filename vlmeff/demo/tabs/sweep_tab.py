@@ -16,7 +16,7 @@ from vlmeff.demo.tabs.picture_field import picture_field
 
 TAB = "sweep"
 METHODS = ["hiprune", "divprune", "scope", "visionzip", "fourier", "adaptinfer", "random", "downsample"]
-HEAD = ["budget", "visual tokens", "answer", "as with all", "right", "first token, ms", "total, ms", "KV cache, MiB"]
+HEAD = ["budget", "visual tokens", "answer", "as at 100 %", "right", "first token, ms", "total, ms", "KV cache, MiB"]
 HINT = "Click an example, or drop a picture and ask about it; then run the sweep."
 NOISE = "One run at each budget, so the times are noisy; each follows a warm-up run that is not measured."
 
