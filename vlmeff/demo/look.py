@@ -29,7 +29,8 @@ CSS = """
 .vl-text td, .vl-text thead th { text-align: left; }
 .vl-text td { overflow-wrap: anywhere; min-width: 7rem; }
 .vl-text th[scope=row] { white-space: nowrap; }
-#sweep-table td:nth-child(3), #sweep-table thead th:nth-child(3) { text-align: left; min-width: 11rem; } /* the answers */
+/* the answers: */
+#sweep-table td:nth-child(3), #sweep-table thead th:nth-child(3) { text-align: left; min-width: 11rem; }
 .vl-legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center; min-height: 1.6rem; }
 .vl-legend i { display: inline-block; width: .85rem; height: .85rem; border-radius: .2rem; margin-right: .35rem;
   vertical-align: -.1rem; border: 1px solid var(--border-color-primary); }
