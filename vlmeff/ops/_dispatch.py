@@ -218,6 +218,16 @@ def _accelerated(op: str) -> tuple[Mapping[str, BackEnd], str]:
     return found, "vlmeff_kernels has no such implementation of this op"
 
 
+def may_read(value: Tensor, *, debug: bool = False) -> bool:
+    """Whether the values may be looked at: at no cost on CPU, never while a graph is traced, and elsewhere, where it
+    waits for the device, only for a check (``debug``) that ``VLMEFF_DEBUG=1`` asks for."""
+    if torch.compiler.is_compiling():
+        return False
+    if value.device.type == "cpu":
+        return type(value) is Tensor  # a fake tensor has no values
+    return debug and os.environ.get("VLMEFF_DEBUG") == "1"
+
+
 def is_chosen(*ops: str) -> bool:
     """Whether someone has named an accelerated back end for one of these ops."""
     return any(_asked_for(op)[0] in ACCELERATED for op in ops)

@@ -5,13 +5,12 @@ Shape letters: B batch, S tokens, C channels, K kept tokens; Hk key/value heads,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vlmeff.ops._dispatch import dispatch, operator
+from vlmeff.ops._dispatch import dispatch, may_read, operator
 
 
 @operator
@@ -44,7 +43,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         raise TypeError(f"gather_tokens: index must be int64, got {str(index.dtype).removeprefix('torch.')}")
     if index.device != x.device:
         raise ValueError(f"gather_tokens: index must be on {x.device} (as x), got {index.device}")
-    if _may_read(index):
+    if may_read(index, debug=True):
         _check_range(index, x.shape[-2])
     return dispatch("gather_tokens", _gather_tokens_reference, x=x, index=index)
 
@@ -98,21 +97,30 @@ def gather_kv(
 def _gather_kv_reference(
     *, keys: list[Tensor], values: list[Tensor], index: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    parts = zip(keys, values, index, strict=True)
-    taken = [(_entries(k, chosen), _entries(v, chosen)) for k, v, chosen in parts]
+    taken = [_entries([k, v], chosen) for k, v, chosen in zip(keys, values, index, strict=True)]
     return [k for k, _ in taken], [v for _, v in taken]
 
 
-def _entries(states: Tensor, index: Tensor) -> Tensor:
-    """[B, Hk, S, D] at [B, K] or [B, Hk, K]."""
-    batch, heads = states.shape[:2]
+def _entries(both: list[Tensor], index: Tensor) -> list[Tensor]:
+    """[B, Hk, S, D] each, at [B, K] or [B, Hk, K]."""
+    batch, heads, tokens = both[0].shape[:3]
     if index.ndim == 2:
         index = index[:, None]
+    if index.device.type == "cpu" and all(states.is_contiguous() for states in both):
+        # Rows of one list: twice as fast as a choice along the third dimension.
+        first = torch.arange(0, batch * heads * tokens, tokens).view(batch, heads, 1)
+        rows = (index + first).flatten()
+        taken = [states.flatten(0, 2).index_select(0, rows) for states in both]
+        return [rows.view(batch, heads, index.shape[2], rows.shape[1]) for rows in taken]
     if batch == 1 and index.shape[1] == 1:
-        return states.index_select(2, index[0, 0])
+        return [states.index_select(2, index[0, 0]) for states in both]
+    return [_gathered(states, index) for states in both]
+
+
+def _gathered(states: Tensor, index: Tensor) -> Tensor:
     if states.dtype.itemsize == 1 and states.is_floating_point():  # torch.gather knows no float8
-        return _entries(states.view(torch.uint8), index).view(states.dtype)
-    return states.gather(2, index[..., None].expand(-1, heads, -1, states.shape[3]))
+        return _gathered(states.view(torch.uint8), index).view(states.dtype)
+    return states.gather(2, index[..., None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
 def _check_layer(keys: Tensor, values: Tensor, index: Tensor) -> None:
@@ -135,17 +143,8 @@ def _check_layer(keys: Tensor, values: Tensor, index: Tensor) -> None:
         )
     if index.dtype != torch.int64:
         raise TypeError(f"gather_kv: index must be int64, got {str(index.dtype).removeprefix('torch.')}")
-    if _may_read(index):
+    if may_read(index, debug=True):
         _check_range(index, tokens, op="gather_kv")
-
-
-def _may_read(index: Tensor) -> bool:
-    """Whether the values may be looked at: at no cost on CPU, on request elsewhere, never while a graph is traced."""
-    if torch.compiler.is_compiling():
-        return False
-    if index.device.type == "cpu":
-        return type(index) is Tensor  # a fake tensor has no values
-    return os.environ.get("VLMEFF_DEBUG") == "1"
 
 
 def _check_range(index: Tensor, tokens: int, *, op: str = "gather_tokens") -> None:

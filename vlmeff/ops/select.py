@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from vlmeff.ops._dispatch import dispatch, operator
+from vlmeff.ops._dispatch import dispatch, may_read, operator
 
 Ties: TypeAlias = Literal["first", "last"]
 
@@ -48,7 +48,8 @@ def top_indices(
 
     PyTorch only: a stable sort over n (two with groups), a few thousand candidates once a request or a layer. That is
     what ``torch.sort`` is made for; a kernel of ours would save launches and no traffic, and a selection by histogram
-    would have to reproduce the rule for equals. Nothing is read back to the host.
+    would have to reproduce the rule for equals. Nothing is read back to the host; on a CPU, where that costs nothing,
+    a row without equals at the edge is not sorted.
     """
     _check(scores, k, groups, ties, tolerance)
     return dispatch(
@@ -57,6 +58,12 @@ def top_indices(
 
 
 def _top_indices_reference(*, scores: Tensor, k: int, groups: Tensor | None, ties: Ties, tolerance: float) -> Tensor:
+    if k and groups is None and not tolerance and may_read(scores) and scores.dtype in (torch.float32, torch.float64):
+        # Without equals at the edge the k best are those not below the k-th (nor is a NaN), and nothing need be sorted.
+        last = scores.detach().kthvalue(scores.shape[-1] - k + 1, dim=-1, keepdim=True).values
+        chosen = ~(scores.detach() < last)
+        if bool((chosen.sum(-1) == k).all()):
+            return chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
     order = _ranking(scores, groups, ties)
     if tolerance and k:
         # The k-th score moves by no more than the scores do, so nothing but what is near the edge of the band around it

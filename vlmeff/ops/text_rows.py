@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmeff.ops._dispatch import dispatch, is_chosen, operator
+from vlmeff.ops._dispatch import dispatch, is_chosen, may_read, operator
 from vlmeff.ops.attention import (
     _INTEGERS,
     _check_queries_and_keys,
@@ -149,18 +149,19 @@ def _at_once(
     logits = (grouped @ k.to(dtype).transpose(2, 3)).view(len(q), k.shape[1], -1, q.shape[2], k.shape[2])
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
-    allowed = torch.arange(k.shape[2], device=k.device) <= text[:, :, None]
+    # All rows see what stands before the text, so only the rest needs a mask.
+    before = int(text.min()) if key_valid is None and text.numel() and may_read(text) else 0
+    hidden = torch.arange(before, k.shape[2], device=k.device) > text[:, :, None]
     if key_valid is not None:
-        allowed = allowed & key_valid[:, None]
-    attention = logits.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1)
-    attention = attention.masked_fill(~votes[:, None, None, :, None], 0)  # a row without a key is NaN
-
-    def columns(index: Tensor) -> Tensor:
-        return attention.gather(4, index[:, None, None, None].expand(*attention.shape[:4], -1))
-
-    among_text = columns(text).masked_fill(~votes[:, None, None, None], 0)
+        hidden = hidden | ~key_valid[:, None]
+    logits[..., before:].masked_fill_(hidden[:, None, None], -torch.inf)
+    attention = logits.softmax(-1)
+    if not (may_read(votes) and bool(votes.all())):  # of the rows that do not vote some may see no key, and be NaN
+        attention = attention.masked_fill(~votes[:, None, None, :, None], 0)
+    among_text = attention.gather(4, text[:, None, None, None].expand(*attention.shape[:4], -1))
+    among_text = among_text.masked_fill(~votes[:, None, None, None], 0)
     weight = among_text.sum(4) + among_text.sum(3) - among_text.diagonal(dim1=3, dim2=4)
-    return (weight[..., None, :] @ columns(vision)).sum((1, 2, 3))
+    return (weight.flatten(1)[:, None] @ attention.flatten(1, 3)).squeeze(1).gather(1, vision)
 
 
 def _columns(k: Tensor, index: Tensor) -> Tensor:
