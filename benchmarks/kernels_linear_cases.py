@@ -17,7 +17,7 @@ from kernels_cases import PLAIN, Call, Case, Run, generator, random, short
 from torch import Tensor
 
 from vlmeff import ops
-from vlmeff.ops.packing import pack_nibbles, unpack_nibbles
+from vlmeff.ops.packing import pack_nibbles
 
 FP8 = torch.float8_e4m3fn
 BF16_TOLERANCE = 2**-9  # half an ulp of a result that was rounded once
@@ -189,7 +189,7 @@ def w4a8_case(name: str, m: int, n: int, k: int, out_dtype: torch.dtype, *, grou
 
         def plain() -> Tensor:
             spread = ws if groups == 1 else ws.repeat_interleave(group, 1)[:, :k]
-            weight = (unpack_nibbles(wq, k).float() - 8) * spread
+            weight = (nibbles(wq, k).float() - 8) * spread
             return F.linear((q.float() * s).to(out_dtype), weight.to(out_dtype), bias)
 
         return Call(
@@ -217,7 +217,7 @@ def wnan_case(name: str, m: int, n: int, k: int, out_dtype: torch.dtype, *, bits
         }  # fmt: skip
 
         def plain() -> Tensor:
-            weight = (unpack_nibbles(wq, k).float() - wz) * ws
+            weight = (nibbles(wq, k).float() - wz) * ws
             return F.linear(((q.float() - z) * s).to(out_dtype), weight.to(out_dtype), bias)
 
         return Call(
@@ -228,6 +228,11 @@ def wnan_case(name: str, m: int, n: int, k: int, out_dtype: torch.dtype, *, bits
                           arithmetic="int8")  # fmt: skip
     sizes = {"m": m, "n": n, "k": k, "bits": bits}
     return Case("linear_wnan_int", name, short(out_dtype), sizes, counted, make, output_tolerance(out_dtype))
+
+
+def nibbles(wq: Tensor, k: int) -> Tensor:
+    """Codes of packed weights, as one would write it."""
+    return torch.stack([wq & 15, wq >> 4], dim=-1).flatten(1)[:, :k]
 
 
 def wna16_case(name: str, m: int, n: int, k: int, dtype: torch.dtype, *, bits: int = 4, group: int = 128) -> Case:
@@ -241,7 +246,7 @@ def wna16_case(name: str, m: int, n: int, k: int, dtype: torch.dtype, *, bits: i
         arguments = {"x": x, "wq": wq, "ws": ws, "wz": None, "bias": None, "bits": bits, "group": group}
 
         def plain() -> Tensor:
-            values = wq.to(dtype) if bits == 8 else unpack_nibbles(wq, k).to(dtype) - 8
+            values = wq.to(dtype) if bits == 8 else nibbles(wq, k).to(dtype) - 8
             return F.linear(x, values * (ws if groups == 1 else ws.repeat_interleave(group, 1)[:, :k]))
 
         return Call(arguments, {PLAIN: plain}, dense_layer(x, w, None))

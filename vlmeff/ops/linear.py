@@ -101,7 +101,7 @@ def _w4a8_int8(
     *, q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int
 ) -> Tensor:
     k = q.shape[1]
-    codes = unpack_nibbles(wq, k).to(torch.int8) - SIGNED_OFFSET
+    codes = unpack_nibbles(wq, k, dtype=torch.int8).sub_(SIGNED_OFFSET)
     width = group if 0 < group < k else max(k, 1)
     out = torch.zeros(len(q), len(wq), dtype=torch.float32, device=q.device)
     for i in range(ws.shape[1]):
@@ -151,7 +151,7 @@ def _wnan_int(
     out_dtype: torch.dtype,
 ) -> Tensor:
     k = q.shape[1]
-    codes = unpack_nibbles(wq, k).to(torch.int8)
+    codes = unpack_nibbles(wq, k, dtype=torch.int8)
     inner = int_matmul(q.to(torch.int8), codes) - z * colsum
     outer = rowsum - k * z
     return _finish(s * ws.float().T * (inner.float() - wz.float().T * outer.float()), bias, out_dtype)
@@ -162,11 +162,13 @@ def dequantize_weight(wq: Tensor, ws: Tensor, wz: Tensor | None, *, bits: int, g
     if bits == 8:
         codes = wq.float()
     else:
-        codes = unpack_nibbles(wq, k).float()
+        codes = unpack_nibbles(wq, k, dtype=torch.float32)
         if wz is None:
-            codes = codes - SIGNED_OFFSET
+            codes.sub_(SIGNED_OFFSET)
     if wz is not None:
-        codes = codes - spread(wz.float(), group, k)
+        codes.sub_(spread(wz.float(), group, k))
+    if ws.shape[1] > 1 and group * ws.shape[1] == k:  # without a copy of the scales for every channel
+        return (codes.unflatten(1, (-1, group)) * ws.float()[..., None]).flatten(1)
     return codes * spread(ws.float(), group, k)
 
 

@@ -31,7 +31,9 @@ def pack_nibbles(codes: Tensor, *, pad: int | Tensor = 0) -> Tensor:
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
-def unpack_nibbles(packed: Tensor, k: int) -> Tensor:
-    """Invert ``pack_nibbles``: [N, ceil(K / 2)] uint8 -> [N, K] uint8 codes."""
-    pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
+def unpack_nibbles(packed: Tensor, k: int, *, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Invert ``pack_nibbles``: [N, ceil(K / 2)] uint8 -> [N, K] codes of ``dtype``."""
+    pairs = torch.empty(*packed.shape, 2, dtype=dtype, device=packed.device)
+    pairs[..., 0] = packed & 15  # several times as fast as a stack of both, and no second pass for the dtype
+    pairs[..., 1] = packed >> 4
     return pairs.flatten(1)[:, :k]
