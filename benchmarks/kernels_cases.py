@@ -270,9 +270,11 @@ def gather_tokens_case(name: str, *, batch: int, tokens: int, kept: int, width: 
     return Case("gather_tokens", name, short(dtype), sizes, counted, make)
 
 
-def top_case(name: str, *, batch: int, n: int, k: int) -> Case:
+def top_case(name: str, *, batch: int, n: int, k: int, rounded: bool = False) -> Case:
+    """``rounded``: scores of bfloat16, so that there are equals at the edge."""
+
     def make(device: torch.device) -> Call:
-        scores = random(device, batch, n, dtype=torch.float32)
+        scores = random(device, batch, n, dtype=torch.bfloat16 if rounded else torch.float32).float()
 
         def plain() -> Tensor:
             return scores.argsort(dim=-1, descending=True, stable=True)[..., :k].sort(-1).values

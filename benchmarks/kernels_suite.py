@@ -227,6 +227,8 @@ def on_cpu() -> list[Case]:
         gather_tokens_case("576 of 2880", batch=1, tokens=2880, kept=576, width=1024, **f32),
         gather_tokens_case("4 x 192 of 576", batch=4, tokens=576, kept=192, width=1024, **f32),
         top_case("640 of 2880", batch=1, n=2880, k=640),
+        top_case("640 of 2880, equals at the edge", batch=1, n=2880, k=640, rounded=True),
+        top_case("32 x 800 of 4096, equals at the edge", batch=32, n=4096, k=800, rounded=True),
         dct_case("24 x 24 to 12 x 12", grid=(24, 24), new=(12, 12), channels=1024, **f32),
         dct_case("64 x 64 to 32 x 32", grid=(64, 64), new=(32, 32), channels=256, **f32),
         density_case("100 steps of 64 x 16", steps=100, tokens=64, values=16),

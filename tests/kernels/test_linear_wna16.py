@@ -177,12 +177,8 @@ def test_a_small_fault_is_noticed(name: str, change: float) -> None:
 
 def test_what_it_refuses() -> None:
     wq, ws, _, _ = layer(4, 8, 8, 0, zeros=False, codes=torch.int8, scales=torch.float32)
-    for x, codes, said in (
-        (torch.randn(2, 8).double(), wq, "x must be one of"),
-        (torch.randn(2, 8), wq.short(), "codes of 8 bits must lie in"),
-    ):
-        with ops.backend("triton"), pytest.raises(BackendUnavailableError, match=said):
-            ops.linear_wna16(x, codes, ws, None, None, bits=8)
+    with ops.backend("triton"), pytest.raises(BackendUnavailableError, match="x must be one of"):
+        ops.linear_wna16(torch.randn(2, 8).double(), wq, ws, None, None, bits=8)
 
 
 def test_registration_is_sound() -> None:

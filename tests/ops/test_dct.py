@@ -205,6 +205,11 @@ def test_a_fake_or_compiled_call_leaves_no_trace_in_a_real_one() -> None:
     torch.testing.assert_close(dct_resample(x, grid, new_grid), scipy_resample(x, grid, new_grid), **DOUBLE)
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 0), (0, 9, 3)])
+def test_no_channels_and_no_pictures_are_legal(shape: tuple[int, int, int]) -> None:
+    assert dct_resample(torch.zeros(shape), (3, 3), (2, 2)).shape == (shape[0], 4, shape[2])
+
+
 def test_is_known_to_the_dispatcher() -> None:
     x = torch.zeros(12, 2)
     assert ops.explain("dct_resample", x, (3, 4), (3, 4)).backend == "reference"

@@ -168,6 +168,16 @@ def test_autocast_does_not_lower_the_precision() -> None:
         assert torch.equal(quantized_decode_attention(q, keys, values, scale=0.25), expected)
 
 
+def test_a_compiled_step_goes_on_while_the_cache_grows() -> None:
+    step = torch.compile(
+        lambda q, k, v: quantized_decode_attention(q, k, v, scale=0.25), backend="aot_eager", fullgraph=True
+    )
+    q = example()[0]
+    for tokens in (24, 32, 44):
+        keys, values = stored("keys", tokens, 9, 16), stored("values", tokens, 9, 16)
+        torch.testing.assert_close(step(q, keys, values), quantized_decode_attention(q, keys, values, scale=0.25))
+
+
 def test_nothing_is_read_on_the_host() -> None:
     mode = FakeTensorMode()
     f = mode.from_tensor

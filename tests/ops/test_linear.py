@@ -251,6 +251,72 @@ def test_arguments_that_do_not_fit_are_refused(run: Any, error: type[Exception],
         run()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("z", torch.zeros(1, 1, dtype=torch.int32)),  # would be spread over all tokens
+        ("z", torch.zeros(4, 1)),
+        ("rowsum", torch.zeros(4, dtype=torch.int32)),
+        ("colsum", torch.zeros(1, dtype=torch.int32)),
+        ("colsum", None),
+    ],
+)
+def test_sums_and_zero_points_of_another_shape_or_dtype_are_refused(name: str, value: Any) -> None:
+    sums = {
+        "z": torch.zeros(4, 1, dtype=torch.int32),
+        "rowsum": torch.zeros(4, 1, dtype=torch.int32),
+        "colsum": torch.zeros(4, dtype=torch.int32),
+    }
+    call = {"q": Q.to(torch.uint8), "s": S, "wq": P4, "ws": WS, "wz": WS, "bias": None, "out_dtype": F32}
+    ops.linear_wnan_int(**call, **sums)
+    with pytest.raises((ValueError, TypeError), match=name):
+        ops.linear_wnan_int(**call, **{**sums, name: value})
+
+
+def test_codes_of_another_dtype_are_refused_and_no_argument_is_changed() -> None:
+    with pytest.raises(TypeError, match=r"wq must be torch\.uint8, got torch\.int8"):
+        ops.linear_w4a8_int8(Q, S, P4.view(torch.int8), WS, None, F32)
+    with pytest.raises(TypeError, match=r"wq must be torch\.int8 or torch\.float8_e4m3fn, got torch\.float32"):
+        ops.linear_wna16(S.expand(4, 6), W.float(), WS, WS, None, bits=8)
+    with pytest.raises(TypeError, match=r"x must be a float tensor, got torch\.int64"):
+        ops.linear_wna16(Q.long(), W, WS, None, None, bits=8)
+    with pytest.raises(TypeError, match="wq must be a tensor, got list"):
+        ops.linear_wna16(torch.ones(4, 6), [1], WS, None, None, bits=8)
+    w = ints(-127, 127, 4, 6, seed=1).to(torch.int8)
+    before = w.clone()
+    ops.linear_wna16(torch.ones(4, 6), w, WS, WS, None, bits=8)
+    assert torch.equal(w, before)
+
+
+def test_an_ambient_autocast_changes_nothing() -> None:
+    q = ints(-127, 127, 3, 64, seed=0).float().to(torch.float8_e4m3fn)
+    w = ints(-127, 127, 5, 64, seed=1).float().to(torch.float8_e4m3fn)
+    s, ws, x = scales(3, 1, seed=2), scales(5, 1, seed=3), torch.randn(3, 64, generator=generator(4))
+
+    def both() -> list[Tensor]:
+        return [ops.linear_w8a8_fp8(q, s, w, ws, None, F32), ops.linear_wna16(x, w, ws, None, None, bits=8)]
+
+    expected = both()
+    for half in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", half):
+            got = both()
+        assert [t.dtype for t in got] == [F32, F32]
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(("k", "group"), [(12, 4), (15, 5), (15, 4), (12, 0)])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_groups_that_fill_the_row_and_groups_that_do_not(k: int, group: int, zeros: bool) -> None:
+    codes, groups = ints(0, 15, 3, k, seed=5), -(-k // group) if group else 1
+    ws, wz = scales(3, groups, seed=6), scales(3, groups, seed=7) if zeros else None
+    got = ops.linear_wna16(torch.eye(k), pack_nibbles(codes), ws, wz, None, bits=4, group=group)
+    for n in range(3):
+        for i in range(k):
+            g = i // group if group else 0
+            zero = 8.0 if wz is None else float(wz[n, g])
+            assert float(got[i, n]) == pytest.approx(float(ws[n, g]) * (int(codes[n, i]) - zero), rel=1e-6)
+
+
 def test_they_are_counted_and_explained() -> None:
     with ops.counters() as ran:
         ops.linear_w8a8_int8(Q, S, W, WS, None, F32)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
+import torch.utils.flop_counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -118,6 +120,32 @@ def test_a_call_is_counted_and_traced_without_a_break() -> None:
         expected = choose(x, g)
     assert ran == {("top_indices", "reference"): 1}
     assert torch.equal(torch.compile(choose, backend="aot_eager", fullgraph=True)(x, g), expected)
+
+
+def test_ways_that_look_at_no_values_choose_alike() -> None:
+    x = torch.randint(4, (3, 9), generator=torch.Generator().manual_seed(1)).float()  # with equals at the edge
+
+    def choose(x: Tensor) -> Tensor:
+        return ops.top_indices(x, 4)
+
+    expected = [best(row, 4, [0] * 9, "first") for row in x.tolist()]
+    assert choose(x).tolist() == expected
+    assert choose(x).is_contiguous()
+    assert torch.vmap(choose)(x).tolist() == expected
+    assert torch.fx.experimental.proxy_tensor.make_fx(choose)(x)(x.flip(1)).tolist() == choose(x.flip(1)).tolist()
+    compiled = torch.compile(choose, backend="aot_eager", fullgraph=True)
+    assert compiled(x).tolist() == expected
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert choose(x).tolist() == expected
+
+
+def test_a_compiled_call_takes_another_tolerance_and_another_size() -> None:
+    choose = torch.compile(
+        lambda x, t: ops.top_indices(x, 3, tolerance=t), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for n, tolerance in ((9, 0.01), (12, 0.02), (17, 0.5)):
+        x = torch.rand(2, n, generator=torch.Generator().manual_seed(n))
+        assert torch.equal(choose(x, tolerance), ops.top_indices(x, 3, tolerance=tolerance))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vlmeff import ops
 from vlmeff.errors import BackendUnavailableError
-from vlmeff.ops import attention, text_to_vision_scores
+from vlmeff.ops import attention, text_rows, text_to_vision_scores
 
 # Relative to the largest score; products of half inputs are exact in float32.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
@@ -108,6 +108,7 @@ def test_small_blocks_give_the_same_scores(monkeypatch):
     text, vision = torch.tensor([TEXT] * 2), torch.tensor([VISION] * 2)
     arguments = {"text": text, "vision": vision, "scale": 0.7}
     whole = text_to_vision_scores(rows(q, text), k, **arguments)
+    monkeypatch.setattr(text_rows, "_AT_ONCE_BYTES", 0)
     monkeypatch.setattr(attention, "_LOGITS_BLOCK_BYTES", 400)  # one text row at a time
     close(text_to_vision_scores(rows(q, text), k, **arguments), whole.double())
 
@@ -147,6 +148,39 @@ def test_what_is_too_long_for_one_pass_is_done_by_ops_that_have_kernels(monkeypa
         torch.testing.assert_close(in_passes, at_once, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_row_that_does_not_vote_hides_its_nan_and_no_text_or_no_sample_is_legal(monkeypatch, at_once):
+    if not at_once:
+        monkeypatch.setattr(text_rows, "_AT_ONCE_BYTES", -1)
+    q, k = sample(8)
+    text, vision = torch.tensor([TEXT] * 2), torch.tensor([VISION] * 2)
+    of_text = rows(q, text)
+    voting = torch.ones(2, len(TEXT), dtype=torch.bool)
+    voting[1, 3] = False
+    call = {"text": text, "vision": vision, "scale": 0.7, "text_valid": voting}
+    expected = text_to_vision_scores(of_text, k, **call)
+    of_text[1, :, 3] = torch.nan
+    close(text_to_vision_scores(of_text, k, **call), expected.double())
+    for batch, count in ((2, 0), (0, 5)):
+        q_none, k_none = of_text[:batch, :, :count], k[:batch]
+        none = text_to_vision_scores(q_none, k_none, text=text[:batch, :count], vision=vision[:batch], scale=0.7)
+        assert none.tolist() == [[0.0] * len(VISION)] * batch
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_ambient_autocast_changes_nothing(monkeypatch, at_once):
+    if not at_once:
+        monkeypatch.setattr(text_rows, "_AT_ONCE_BYTES", -1)
+    q, k = sample(9)
+    text, vision = torch.tensor([TEXT] * 2), torch.tensor([VISION] * 2)
+    call = {"text": text, "vision": vision, "scale": 0.7}
+    expected = text_to_vision_scores(rows(q, text), k, **call)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = text_to_vision_scores(rows(q, text), k, **call)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
 def test_a_choice_of_kernels_is_not_lost_on_the_short_way():
     q, k = sample(6)
     text, vision = torch.tensor([TEXT] * 2), torch.tensor([VISION] * 2)
@@ -163,6 +197,8 @@ def test_a_choice_of_kernels_is_not_lost_on_the_short_way():
         ({"key_valid": torch.ones(2, 13)}, "key_valid must be bool"),
         ({"text_valid": torch.ones(2, 13, dtype=torch.bool)}, "text_valid must be"),
         ({"scale": "1"}, "scale must be a number"),
+        ({"text": torch.tensor([[8, 9, 10, 11, 13]] * 2)}, r"text must lie in \[0, 13\), got values from 8 to 13"),
+        ({"vision": torch.tensor([[-1, 2, 3]] * 2)}, r"vision must lie in \[0, 13\), got values from -1 to 3"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

@@ -221,11 +221,13 @@ def _accelerated(op: str) -> tuple[Mapping[str, BackEnd], str]:
 def may_read(value: Tensor, *, debug: bool = False) -> bool:
     """Whether the values may be looked at: at no cost on CPU, never while a graph is traced, and elsewhere, where it
     waits for the device, only for a check (``debug``) that ``VLMEFF_DEBUG=1`` asks for."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if value.device.type == "cpu":
-        return type(value) is Tensor  # a fake tensor has no values
-    return debug and os.environ.get("VLMEFF_DEBUG") == "1"
+    if value.device.type != "cpu":
+        return debug and os.environ.get("VLMEFF_DEBUG") == "1"
+    # Neither a fake tensor, nor one that stands for many (vmap) or for a node of a graph (make_fx).
+    real = type(value) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return real and not torch._C._len_torch_dispatch_stack()
 
 
 def is_chosen(*ops: str) -> bool:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vlmeff.ops._arguments import autocast_off
 from vlmeff.ops._dispatch import dispatch, operator
 
 Gain = Literal["ortho", "preserve"]
@@ -88,16 +88,16 @@ def _resampled(x: Tensor, grid: Grid, new_grid: Grid, gain: Gain) -> Tensor:
     if new_grid == grid:
         return x
     (height, width), (new_height, new_width) = grid, new_grid
-    channels = x.shape[-1]
+    batch, channels = math.prod(x.shape[:-2]), x.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
     # A cached matrix must be a plain tensor: one made while a graph is traced or faked belongs to that graph.
     plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     matrix = _cached_matrix if plain else _matrix
     a_hH = matrix(height, new_height, gain, x.device, wide)
     a_wW = matrix(width, new_width, gain, x.device, wide)
-    with _autocast_off(x):
-        rows = torch.matmul(a_hH, x.to(wide).reshape(-1, height, width * channels))
-        cells = torch.matmul(a_wW, rows.reshape(-1, width, channels))
+    with autocast_off(x):
+        rows = torch.matmul(a_hH, x.to(wide).reshape(batch, height, width * channels))
+        cells = torch.matmul(a_wW, rows.reshape(batch * new_height, width, channels))
     return cells.reshape(*x.shape[:-2], new_height * new_width, channels).to(x.dtype)
 
 
@@ -138,9 +138,3 @@ def _pair(name: str, value: object) -> tuple[int, int]:
     if min(value) < 1:
         raise ValueError(f"dct_resample: {name} must have at least one row and one column, got {tuple(value)}")
     return value[0], value[1]
-
-
-def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
-    """Keep an ambient autocast from turning the float32 products back into half precision."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -7,12 +7,12 @@ precision, S = T + R, W bytes that hold the codes of a token, G groups, D head d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlmeff.ops._arguments import autocast_off
 from vlmeff.ops._dispatch import dispatch, operator
 from vlmeff.ops.kv_codes import dequantize_keys, dequantize_values
 
@@ -133,7 +133,7 @@ def _reference(
     step = max(1, _CPU_BLOCK_ENTRIES // max(1, entries)) if q.device.type == "cpu" else kv_heads
     grouped = q.unflatten(1, (kv_heads, -1)).squeeze(3)
     out = []
-    with _autocast_off(q):
+    with autocast_off(q):
         for start in range(0, kv_heads, step):
             part = slice(start, start + step)
             out.append(
@@ -185,14 +185,8 @@ def _sizes(group: Group, tokens: int) -> tuple[int, ...]:
     """Tokens of each group of keys."""
     if not isinstance(group, int):
         return group
-    whole, left = divmod(tokens, group)
+    whole, left = tokens // group, tokens % group  # divmod is not for symbolic sizes
     return (group,) * whole + (left,) * (left > 0)
-
-
-def _autocast_off(q: Tensor) -> AbstractContextManager[Any]:
-    """Keep an ambient autocast from turning the float32 products back into half precision."""
-    device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # Checks of the arguments. None of them reads a value of a tensor, so none waits for the device.

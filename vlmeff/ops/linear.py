@@ -7,6 +7,10 @@ zero-points in float32 instead costs two digits.)
 Weights lie as in the checkpoint: 8-bit codes [N, K], narrower ones packed two to a byte (``packing``), signed codes as
 code + 8; scales [N, 1] or [N, n_g] for groups of ``group`` channels, the last of which may be short.
 
+All raise TypeError or ValueError where an argument does not fit. Tolerance of the back ends, relative Frobenius error:
+1e-6 for float32 outputs of the integer paths and for weight-only products in float32, half an ulp for half outputs,
+1e-2 for fp8 (the accumulators of tensor cores have fewer bits).
+
 Shape letters: M tokens, K input features, N output features, n_g groups.
 """
 
@@ -16,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmeff.ops._arguments import autocast_off, check_tensors
 from vlmeff.ops._dispatch import dispatch, operator
 from vlmeff.ops.packing import unpack_nibbles
 from vlmeff.ops.quantize import spread
@@ -33,6 +38,7 @@ def linear_w8a8_int8(
         q: [M, K] int8.  s: [M, 1] float32.  wq: [N, K] int8.  ws: [N, 1] float32.  bias: [N] or None.
     Returns:
         [M, N] of out_dtype.
+    Raises, tolerance: see the module.  Source: LLM.int8's per-token and per-channel scales, arXiv 2208.07339.
     """
     _check("linear_w8a8_int8", q, wq, bias, ws, s=s, codes=torch.int8)
     return dispatch("linear_w8a8_int8", _w8a8_int8, q=q, s=s, wq=wq, ws=ws, bias=bias, out_dtype=out_dtype)
@@ -46,13 +52,18 @@ def _w8a8_int8(*, q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | N
 def linear_w8a8_fp8(
     q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """As ``linear_w8a8_int8`` with float8_e4m3fn codes; products are summed in float32 in no particular order."""
+    """As ``linear_w8a8_int8`` with float8_e4m3fn codes; products are summed in float32 in no particular order.
+
+    Source of the format: arXiv 2209.05433.
+    """
     _check("linear_w8a8_fp8", q, wq, bias, ws, s=s, codes=torch.float8_e4m3fn)
     return dispatch("linear_w8a8_fp8", _w8a8_fp8, q=q, s=s, wq=wq, ws=ws, bias=bias, out_dtype=out_dtype)
 
 
 def _w8a8_fp8(*, q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    return _finish((q.float() @ wq.float().T) * s * ws.float().T, bias, out_dtype)
+    with autocast_off(q):
+        product = q.float() @ wq.float().T
+    return _finish(product * s * ws.float().T, bias, out_dtype)
 
 
 @operator
@@ -69,6 +80,8 @@ def linear_wna16(
         wz: as ws, the zero-point in codes; None means symmetric codes (packed ones are code + 8).
     Returns:
         [M, N] in x.dtype.
+    Raises, tolerance: see the module.  Source: groups of scales as in GPTQ (arXiv 2210.17323) and AWQ (arXiv
+    2306.00978).
     """
     if bits != 8 and not 2 <= bits <= 4:
         raise ValueError(f"linear_wna16: bits must be 8 or 2 to 4, got {bits}")
@@ -80,7 +93,8 @@ def _wna16(
     *, x: Tensor, wq: Tensor, ws: Tensor, wz: Tensor | None, bias: Tensor | None, bits: int, group: int
 ) -> Tensor:
     weight = dequantize_weight(wq, ws, wz, bits=bits, group=group, k=x.shape[1]).to(x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    with autocast_off(x):
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @operator
@@ -92,6 +106,9 @@ def linear_w4a8_int8(
     Args:
         q: [M, K] int8.  s: [M, 1], or [M, n_g] for activations that were quantized in the same groups, float32.
         wq: packed [N, ceil(K / 2)] uint8 (code + 8).  ws: [N, 1] or [N, n_g].  group: 0 for one scale per output.
+    Returns:
+        [M, N] of out_dtype.
+    Raises, tolerance: see the module.  Source: W4A8 with integer products, QServe, arXiv 2405.04532.
     """
     _check("linear_w4a8_int8", q, wq, bias, ws, s=s, group=group, packed=True, codes=torch.int8)
     return dispatch("linear_w4a8_int8", _w4a8_int8, q=q, s=s, wq=wq, ws=ws, bias=bias, out_dtype=out_dtype, group=group)
@@ -131,8 +148,16 @@ def linear_wnan_int(
     Args:
         q: [M, K] uint8 codes of at most 7 bits.  s: [M, 1] float32.  z, rowsum: [M, 1] int32.
         wq: packed [N, ceil(K / 2)] uint8.  ws, wz: [N, 1] float32, wz real-valued.  colsum: [N] int32, sums of codes.
+    Returns:
+        [M, N] of out_dtype.
+    Raises, tolerance: see the module.  Source: QVGen, arXiv 2505.11497; the expansion of zero-points in int32 is ours.
     """
     _check("linear_wnan_int", q, wq, bias, ws, s=s, wz=wz, packed=True, codes=torch.uint8)
+    check_tensors("linear_wnan_int", z=z, rowsum=rowsum, colsum=colsum)
+    for name, sums, shape in (("z", z, (len(q), 1)), ("rowsum", rowsum, (len(q), 1)), ("colsum", colsum, (len(wq),))):
+        if sums.shape != shape or sums.dtype != torch.int32:
+            got = f"{str(sums.dtype).removeprefix('torch.')} {list(sums.shape)}"
+            raise ValueError(f"linear_wnan_int: {name} must be int32 {list(shape)}, got {got}")
     arguments = {"q": q, "s": s, "z": z, "rowsum": rowsum, "wq": wq, "ws": ws, "wz": wz, "colsum": colsum}
     return dispatch("linear_wnan_int", _wnan_int, **arguments, bias=bias, out_dtype=out_dtype)
 
@@ -159,14 +184,11 @@ def _wnan_int(
 
 def dequantize_weight(wq: Tensor, ws: Tensor, wz: Tensor | None, *, bits: int, group: int, k: int) -> Tensor:
     """W = ws (wq - wz), [N, K] float32, from codes as they are stored."""
-    if bits == 8:
-        codes = wq.float()
-    else:
-        codes = unpack_nibbles(wq, k, dtype=torch.float32)
-        if wz is None:
-            codes.sub_(SIGNED_OFFSET)
+    codes = wq.float() if bits == 8 else unpack_nibbles(wq, k, dtype=torch.float32)
     if wz is not None:
-        codes.sub_(spread(wz.float(), group, k))
+        codes = codes - spread(wz.float(), group, k)
+    elif bits != 8:
+        codes.sub_(SIGNED_OFFSET)
     if ws.shape[1] > 1 and group * ws.shape[1] == k:  # without a copy of the scales for every channel
         return (codes.unflatten(1, (-1, group)) * ws.float()[..., None]).flatten(1)
     return codes * spread(ws.float(), group, k)
@@ -201,6 +223,7 @@ def _check(
     packed: bool = False,
     codes: torch.dtype | None = None,
 ) -> None:
+    check_tensors(op, **{"x" if codes is None else "q": x}, wq=wq, ws=ws, optional={"s": s, "wz": wz, "bias": bias})
     if x.ndim != 2:
         raise ValueError(f"{op}: the input must be [M, K], got {tuple(x.shape)}; flatten the leading dimensions")
     rows, k = x.shape
@@ -210,8 +233,11 @@ def _check(
         raise ValueError(f"{op}: wq must be {what} (from the input), got {tuple(wq.shape)}")
     if codes is not None and x.dtype != codes:
         raise TypeError(f"{op}: q must be {codes}, got {x.dtype}")
-    if codes is not None and not packed and wq.dtype != codes:
-        raise TypeError(f"{op}: wq must be {codes}, got {wq.dtype}")
+    if codes is None and not x.is_floating_point():
+        raise TypeError(f"{op}: x must be a float tensor, got {x.dtype}")
+    stored_as = (torch.uint8,) if packed else (torch.int8, torch.float8_e4m3fn) if codes is None else (codes,)
+    if wq.dtype not in stored_as:
+        raise TypeError(f"{op}: wq must be {' or '.join(map(str, stored_as))}, got {wq.dtype}")
     groups = -(-k // group) if 0 < group < k else 1
     for name, scale in (("ws", ws), ("wz", wz)):
         if scale is not None and scale.shape != (len(wq), groups):

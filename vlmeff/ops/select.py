@@ -49,7 +49,7 @@ def top_indices(
     PyTorch only: a stable sort over n (two with groups), a few thousand candidates once a request or a layer. That is
     what ``torch.sort`` is made for; a kernel of ours would save launches and no traffic, and a selection by histogram
     would have to reproduce the rule for equals. Nothing is read back to the host; on a CPU, where that costs nothing,
-    a row without equals at the edge is not sorted.
+    float32 and float64 scores without groups are counted instead of sorted.
     """
     _check(scores, k, groups, ties, tolerance)
     return dispatch(
@@ -59,11 +59,9 @@ def top_indices(
 
 def _top_indices_reference(*, scores: Tensor, k: int, groups: Tensor | None, ties: Ties, tolerance: float) -> Tensor:
     if k and groups is None and not tolerance and may_read(scores) and scores.dtype in (torch.float32, torch.float64):
-        # Without equals at the edge the k best are those not below the k-th (nor is a NaN), and nothing need be sorted.
         last = scores.detach().kthvalue(scores.shape[-1] - k + 1, dim=-1, keepdim=True).values
-        chosen = ~(scores.detach() < last)
-        if bool((chosen.sum(-1) == k).all()):
-            return chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
+        if not bool(last.isnan().any()):
+            return _not_below(scores.detach(), last, k, ties).nonzero()[:, -1].reshape(*scores.shape[:-1], k)
     order = _ranking(scores, groups, ties)
     if tolerance and k:
         # The k-th score moves by no more than the scores do, so nothing but what is near the edge of the band around it
@@ -72,7 +70,21 @@ def _top_indices_reference(*, scores: Tensor, k: int, groups: Tensor | None, tie
         last = scores.gather(-1, order[..., k - 1 : k])
         near = (scores - last).abs() <= tolerance * last.abs()
         order = _ranking(torch.where(near, last, scores), groups, ties)
-    return order[..., :k].sort(dim=-1).values
+    return order[..., :k].sort(dim=-1).values.contiguous()
+
+
+def _not_below(scores: Tensor, last: Tensor, k: int, ties: Ties) -> Tensor:
+    """[..., n] bool, k of them true: the best, of which ``last`` [..., 1] is the lowest score. Nothing is sorted."""
+    chosen = ~(scores < last)  # a NaN is not below anything
+    surplus = chosen.sum(-1, keepdim=True) - k
+    if not bool(surplus.any()):
+        return chosen
+    equal = scores == last
+    if chosen.numel() == chosen.shape[-1]:  # one row: cheaper than numbering the equals
+        places, many = equal.nonzero()[:, -1], int(surplus)
+        return chosen.index_fill_(-1, places[-many:] if ties == "first" else places[:many], False)
+    turn = equal.cumsum(-1)
+    return chosen & ~(equal & (turn > turn[..., -1:] - surplus if ties == "first" else turn <= surplus))
 
 
 def _ranking(scores: Tensor, groups: Tensor | None, ties: Ties) -> Tensor:
@@ -112,7 +124,7 @@ def _check(scores: Tensor, k: int, groups: Tensor | None, ties: str, tolerance: 
             raise ValueError(f"{op}: groups must be on {scores.device} (as scores), got {groups.device}")
     if ties not in get_args(Ties):
         raise ValueError(f"{op}: ties must be 'first' or 'last', got {ties!r}")
-    if not (math.isfinite(tolerance) and tolerance >= 0):
+    if not 0 <= tolerance < math.inf:
         raise ValueError(f"{op}: tolerance must be finite and not negative, got {tolerance!r}")
     if tolerance and not scores.is_floating_point():
         raise TypeError(f"{op}: a tolerance needs float scores, got {scores.dtype}")

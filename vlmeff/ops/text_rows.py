@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmeff.ops._arguments import autocast_off
 from vlmeff.ops._dispatch import dispatch, is_chosen, may_read, operator
 from vlmeff.ops.attention import (
     _INTEGERS,
@@ -19,6 +20,7 @@ from vlmeff.ops.attention import (
     attention_column_mass,
     row_logsumexp,
 )
+from vlmeff.ops.gather import check_range
 
 _AT_ONCE_BYTES = 32 * 2**20  # of the attention rows of a text that is done in one pass
 
@@ -78,6 +80,9 @@ def text_to_vision_scores(
     if text_valid is not None:
         _check_tensor(op, "text_valid", text_valid, q, rows, (torch.bool,))
     _check_scalars(op, scale, softcap)
+    for name, columns in (("text", text), ("vision", vision)):
+        if may_read(columns, debug=True):
+            check_range(columns, k.shape[2], op=op, name=name)
     return dispatch(
         op,
         _reference,
@@ -108,7 +113,10 @@ def _reference(
         votes = votes & key_valid.gather(1, text)
     held = len(q) * q.shape[1] * q.shape[2] * k.shape[2] * 4
     if held <= _AT_ONCE_BYTES and q.device.type == "cpu" and not is_chosen("row_logsumexp", "attention_column_mass"):
-        return _at_once(q, k, text, vision, votes, scale=scale, key_valid=key_valid, softcap=softcap)
+        with autocast_off(q):
+            return _at_once(q, k, text, vision, votes, scale=scale, key_valid=key_valid, softcap=softcap)
+    if text_valid is not None or key_valid is not None:
+        q = q.masked_fill(~votes[:, None, :, None], 0)  # a weight of 0 would not hide a NaN
     among_text: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "causal": True, "q_pos": text, "k_pos": text, "key_valid": votes,
     }  # fmt: skip
@@ -145,8 +153,9 @@ def _at_once(
 ) -> Tensor:
     """The formula as it stands in the docstring, with the rows A [B, Hk, G, T, L] written out."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grouped = (q.to(dtype) * scale).reshape(len(q), k.shape[1], -1, q.shape[3])
-    logits = (grouped @ k.to(dtype).transpose(2, 3)).view(len(q), k.shape[1], -1, q.shape[2], k.shape[2])
+    groups = q.shape[1] // k.shape[1]
+    grouped = (q.to(dtype) * scale).reshape(len(q), k.shape[1], groups * q.shape[2], q.shape[3])
+    logits = (grouped @ k.to(dtype).transpose(2, 3)).view(len(q), k.shape[1], groups, q.shape[2], k.shape[2])
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     # All rows see what stands before the text, so only the rest needs a mask.
@@ -173,6 +182,6 @@ def _diagonal(q: Tensor, k_text: Tensor, scale: float, softcap: float | None) ->
     """Logit of each text row with its own key: [B, Hq, T]."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, _, rows, dim = q.shape
-    grouped = q.reshape(batch, k_text.shape[1], -1, rows, dim)
+    grouped = q.reshape(batch, k_text.shape[1], q.shape[1] // k_text.shape[1], rows, dim)
     logits = (grouped.to(dtype) * scale * k_text[:, :, None].to(dtype)).sum(-1).flatten(1, 2)
     return logits if softcap is None else softcap * (logits / softcap).tanh()
