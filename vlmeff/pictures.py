@@ -48,10 +48,11 @@ def decode_picture(
         raise
     except UnidentifiedImageError as error:  # whose own text names the whole path, or the address of a buffer
         raise DataError(f"picture {name!r} cannot be decoded (no known format); convert it to PNG or JPEG.") from error
-    except (*_BROKEN, Image.DecompressionBombWarning) as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        most = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
+        raise DataError(f"picture {name!r} has more than {most} pixels: make it smaller.") from error
+    except _BROKEN as error:
         raise DataError(f"picture {name!r} cannot be decoded ({error}); convert it to PNG or JPEG.") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"picture {name!r} is too large to decode: {error}") from error
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

@@ -43,7 +43,8 @@ YELLOW = (255, 255, 0)  # the circle of the picture; no part of the page is as y
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        demo = serve_demo(port=0, block=False, say=lambda line: None)
+        log = tmp_path_factory.mktemp("log")
+        demo = serve_demo(port=0, block=False, say=lambda line: None, log_dir=log)
         yield demo.local_url
         demo.close()
 
@@ -160,6 +161,11 @@ def test_a_visitor_uploads_asks_moves_the_handle_and_changes_the_preset(
     assert shown_from(overlay) == pytest.approx(100 * (x - 100 - box["x"]) / box["width"], abs=1)
     assert handle.bounding_box()["x"] == pytest.approx(grip["x"] - 100, abs=5)
 
+    page.click("#compare-save")
+    expect(page.locator("#compare-saved")).to_contain_text("Saved as", timeout=PATIENCE_MS)
+    page.click("#compare-save")
+    expect(page.locator("#compare-saved")).to_contain_text("no finished comparison", timeout=PATIENCE_MS)
+
     choose(page, "#compare-preset", "smallest")
     compare(page, kept=36)
     expect(baseline).to_have_value(said(Choice()))
@@ -232,6 +238,7 @@ def test_the_stop_button_ends_a_sweep(visit: Callable[..., Any], monkeypatch: py
     assert len(begun) == 5  # three of the sweep, two of the comparison
     show_tab(page, "Sweep")
     expect(rows).to_have_count(2)
+    expect(page.locator("#sweep-status")).to_contain_text("stopped")
 
 
 def test_a_turn_of_chat(visit: Callable[..., Any], said: Callable[..., str]) -> None:

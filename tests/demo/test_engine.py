@@ -15,7 +15,7 @@ import vlmeff
 from vlmeff.demo.engine import Choice, Done, Engine, Text, user_turn
 from vlmeff.demo.samples import EXAMPLES
 from vlmeff.demo.work import WAITING, Note, Stop, alone
-from vlmeff.errors import ConfigError, ModelLoadError, UnknownNameError, UnsupportedModelError
+from vlmeff.errors import ConfigError, DataError, ModelLoadError, UnknownNameError, UnsupportedModelError
 
 LONG = 400  # tokens; runs that are stopped end far before
 FEW = 8  # tokens between the flag and the end: the one in progress, and those said before the flag was looked at
@@ -196,6 +196,16 @@ def test_an_unknown_preset_or_method_is_named(engine: Engine) -> None:
         list(engine.answer(asked(), Choice(preset="fastest")))
     with pytest.raises(UnknownNameError, match="hiprun"):
         list(engine.answer(asked(), Choice(tokens="hiprun", keep=0.5)))
+
+
+@pytest.mark.parametrize(("model", "word"), [("tiny-llava", "<image>"), ("tiny-qwen", "<|im_start|>")])
+def test_a_word_that_the_model_takes_for_more_than_text_is_refused(model: str, word: str) -> None:
+    engine = Engine(model, device="cpu")
+    for question in (word, f"what{word}is it?"):
+        with pytest.raises(DataError, match="has a meaning of its own") as caught:
+            list(engine.answer(asked(question), Choice(preset="fast")))
+        assert word in str(caught.value)
+    assert last(engine.answer(asked("a < b | c > d?"), Choice())).text
 
 
 def test_a_conversation_must_end_with_a_question(engine: Engine) -> None:

@@ -37,7 +37,7 @@ def test_a_picture_is_refused_for_its_declared_pixels_before_it_is_decoded(
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
     with pytest.raises(DataError, match="5000 x 5000 pixels, more than 20000000"):
         Limits().picture(saved(tmp_path, png_of(5000, 5000)))
-    with pytest.raises(DataError, match="decompression bomb"):
+    with pytest.raises(DataError, match="more than 20000000 pixels"):
         Limits().picture(saved(tmp_path, png_of(50_000, 20_000)))
 
 
@@ -50,7 +50,7 @@ def test_one_pixel_more_than_allowed_is_too_many(tmp_path: Path) -> None:
 
 
 def test_a_file_over_the_limit_is_not_opened(tmp_path: Path) -> None:
-    path = saved(tmp_path, bytes(1001))
+    path = saved(tmp_path, bytes(1050))
     with pytest.raises(DataError, match=r"larger than 0\.001 MB"):
         Limits(max_file_mb=0.001).picture(path)
 

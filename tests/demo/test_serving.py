@@ -78,7 +78,7 @@ def test_the_page_says_nothing_to_other_places(monkeypatch: pytest.MonkeyPatch) 
     with served():
         pass
     assert (given["analytics"], given["share"], given["show_error"], given["allowed_paths"]) == (False,) * 3 + ([],)
-    assert given["max_file_size"] == 10_000_000
+    assert given["max_file_size"] == 10 * 2**20
     assert given["blocked_paths"] == [str(Path.cwd().resolve())]
 
 

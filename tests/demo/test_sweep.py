@@ -12,7 +12,7 @@ from vlmeff.demo.engine import Choice, Done, Engine, Text
 from vlmeff.demo.samples import EXAMPLES
 from vlmeff.demo.sweep import BUDGETS, Sweep, accuracy, sweep
 from vlmeff.demo.work import Note, Stop
-from vlmeff.errors import ConfigError
+from vlmeff.errors import ConfigError, ModelLoadError
 from vlmeff.reporting import Report
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -65,6 +65,15 @@ def test_answers_are_judged_only_where_the_right_one_is_known() -> None:
 
 def test_a_budget_that_fails_says_so_in_its_row_and_the_others_run() -> None:
     assert [point.failed for point in end(Counting()).points] == [""] * 7 + ["that is too few"]
+
+
+def test_a_sweep_whose_reference_fails_ends() -> None:
+    class Broken(Counting):
+        def answer(self, turns: Any, choice: Choice, **options: Any) -> Iterator[Any]:
+            raise ModelLoadError("no such model")
+
+    with pytest.raises(ModelLoadError):
+        end(Broken())
 
 
 def test_progress_is_counted() -> None:

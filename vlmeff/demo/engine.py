@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmeff import zoo
 from vlmeff.demo.work import Note, Stop, Stopped, alone, run_alone
 from vlmeff.drawing import TokenMap, token_maps
-from vlmeff.errors import ConfigError, UnsupportedModelError
+from vlmeff.errors import ConfigError, DataError, UnsupportedModelError
 from vlmeff.loading import load
 from vlmeff.reporting import Report, measure, report
 from vlmeff.wrapping import is_wrapped, unwrap, wrap
@@ -184,6 +184,7 @@ class Engine:
                 if inputs.get(name) is not None:
                     inputs[name] = inputs[name].to(model.dtype)
             options: dict[str, Any] = {"do_sample": False, "stopping_criteria": [stop]}
+            stop.check()
             if choice not in self._warm:
                 say(Note("warm-up run, not measured"))
                 model.generate(**inputs, **options, max_new_tokens=2)
@@ -269,12 +270,13 @@ def prepare_turns(processor: Any, turns: Sequence[Turn]) -> Any:
     """The processor's inputs for a conversation, through its chat template."""
     if not turns or turns[-1]["role"] != "user":
         raise ConfigError("demo: a conversation must end with a question.")
+    _check_texts(processor.tokenizer, turns)
     videos = [part for turn in turns for part in turn["content"] if part["type"] == "video"]
     options: dict[str, Any] = {}
     if videos:
         if getattr(processor, "video_processor", None) is None:
             raise UnsupportedModelError(
-                f"demo: a model with a {type(processor).__name__} takes no videos; choose one that does, as tiny-qwen."
+                "This model takes no videos: choose one that does, as tiny-qwen, at the top of the page."
             )
         # They are sampled already; the metadata says when each frame was.
         metadata = [part["metadata"] for part in videos]
@@ -282,6 +284,16 @@ def prepare_turns(processor: Any, turns: Sequence[Turn]) -> Any:
     return processor.apply_chat_template(
         list(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
+
+
+def _check_texts(tokenizer: Any, turns: Sequence[Turn]) -> None:
+    """A text must not hold what the model reads as a picture, or as the end of a turn."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for turn in turns:
+        for part in turn["content"]:
+            for token in (*added, *tokenizer.all_special_tokens):
+                if part["type"] == "text" and token in part["text"]:
+                    raise DataError(f"{token!r} has a meaning of its own for this model: leave it out of the question.")
 
 
 def _maps(model: Any, found: Report, inputs: Mapping[str, Any], processor: Any) -> list[TokenMap]:

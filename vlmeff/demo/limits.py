@@ -10,6 +10,7 @@ from PIL import Image
 from vlmeff.errors import DataError
 from vlmeff.pictures import decode_picture
 
+MIB = 2**20  # what Gradio calls a megabyte
 NO_PICTURE = "There is no picture yet: drop one, paste one or click an example."
 NO_QUESTION = "There is no question yet: type one or click an example."
 
@@ -42,13 +43,13 @@ class Limits:
         if not path:
             raise DataError(NO_PICTURE)
         file = Path(path)
-        if file.is_file() and file.stat().st_size > self.max_file_mb * 1e6:
+        if file.is_file() and file.stat().st_size > self.max_file_mb * MIB:
             raise DataError(f"The picture's file is larger than {self.max_file_mb:g} MB: make it smaller.")
         try:
             return decode_picture(file, name=str(file), max_pixels=self.max_pixels, formats=FORMATS)
         except DataError as error:  # its text names a path of the server
             text = str(error).replace(repr(str(path)), "that was sent").replace(str(path), "that was sent")
-            raise DataError(text) from None
+            raise DataError(text[:1].upper() + text[1:]) from None
 
     def question(self, text: str | None) -> str:
         text = (text or "").strip()

@@ -20,7 +20,12 @@ CSS = """
 .vl-table, .vl-table thead, .vl-table tbody, .vl-table tr { border: 0 !important; }
 .vl-table th, .vl-table td { padding: .3rem .6rem !important; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: top; }
-.vl-scroll { overflow-x: auto; }
+/* A shadow at the side where a table goes on. */
+.vl-scroll { overflow-x: auto; background:
+  linear-gradient(to right, var(--body-background-fill) 40%, transparent) left / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--body-background-fill) 40%, transparent) right / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, rgb(0 0 0 / .25), transparent) left / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, rgb(0 0 0 / .25), transparent) right / .8rem 100% no-repeat scroll; }
 .vl-table th { text-align: left; font-weight: 600; }
 .vl-table td { text-align: right; }
 .vl-table thead th { text-align: right; color: var(--body-text-color-subdued); }
@@ -56,6 +61,12 @@ CSS = """
   #head { flex-direction: column; align-items: stretch; }
   .vl-table th, .vl-table td { padding: .25rem .3rem !important; font-size: .9rem; }
   .vl-text th[scope=row] { white-space: normal; }
+  /* Room for what will be longer, so that nothing moves when it comes. */
+  .vl-status { min-height: 3.2rem; }
+  .vl-verdict { min-height: 4.8rem; }
+  #compare-figures thead th { height: 3.4rem; vertical-align: bottom; }
+  #compare-legend .vl-legend { min-height: 5.4rem; align-content: start; }
+  #compare-chart .vl-legend { min-height: 3.6rem; align-content: start; }
   .vl-examples tbody { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 11.5rem;
     overflow-x: auto; padding-bottom: .4rem; contain: inline-size; }
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 
 from vlmeff.demo import alternative_text, look
+from vlmeff.demo.limits import MIB
 from vlmeff.demo.site import Site, shown
 from vlmeff.demo.tabs import about_tab, chat_tab, compare_tab, generate_tab, sweep_tab, video_tab
 
@@ -43,9 +45,25 @@ def build_demo(site: Site) -> gr.Blocks:
         def use(name: str) -> list[Any]:
             return [gr.Dropdown(choices=site.presets(name), value=site.favourite(name))] * 3
 
-        model.change(use, [model], [compared, chatted, filmed], api_name="model", queue=False)
+        model.change(
+            use, [model], [compared, chatted, filmed], api_name="model", concurrency_limit=None, show_progress="hidden"
+        )
     demo.queue(max_size=16, default_concurrency_limit=1)
+    for block in demo.blocks.values():
+        _take_no_addresses(block)
     return demo
+
+
+def _take_no_addresses(block: Any) -> None:
+    """Where a request names a file by its address, Gradio would fetch it, from wherever it lies."""
+    move = block.async_move_resource_to_block_cache
+
+    async def moved(place: Any) -> Any:
+        if is_http_url_like(str(place)):
+            raise gr.Error("Only files that were uploaded here are read.", print_exception=False)
+        return await move(place)
+
+    block.async_move_resource_to_block_cache = moved
 
 
 def launch_options(site: Site) -> dict[str, Any]:
@@ -55,7 +73,7 @@ def launch_options(site: Site) -> dict[str, Any]:
         "css": look.CSS,
         "head": alternative_text.HEAD,
         "share": False,
-        "max_file_size": round(site.limits.max_file_mb * 1e6),  # as text it takes whole numbers only
+        "max_file_size": round(site.limits.max_file_mb * MIB),  # as text it takes whole numbers only
         "allowed_paths": [],
         "enable_monitoring": False,  # left out, Gradio shows every visitor its statistics
         "mcp_server": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -77,6 +78,11 @@ class Site:
         """The visitor's last comparison, once: nobody fills the disk by pressing a button."""
         return self._kept.pop(session, None)
 
+    def after(self, session: str | None, tab: str) -> str:
+        """What the status line says of a run that did not come to its end."""
+        stop = self._stops.get(f"{tab}/{session}")
+        return "stopped" if stop is not None and stop.asked else ""
+
     def picture(self, path: str | None) -> Image.Image:
         """A picture that was uploaded here; a path that a client made up is as good as none.
 
@@ -134,7 +140,7 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def as_error(error: Exception) -> Exception:
         if isinstance(error, VlmeffError):
-            return gr.Error(str(error), title="That does not work", print_exception=False)
+            return gr.Error(html.escape(str(error), quote=False), title="That does not work", print_exception=False)
         logger.exception("demo: %s failed", function.__name__)
         return gr.Error("Something went wrong in the demo; its log says what.", title="Sorry", print_exception=False)
 

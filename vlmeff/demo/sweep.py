@@ -68,6 +68,8 @@ def sweep(
         try:
             done = yield from _run(engine, picture, question, how, model, now, share, max_new_tokens, stop)
         except VlmeffError as error:  # a budget that this model or method cannot meet says so in its row
+            if how is PLAIN:
+                raise
             point = Point(share, 0, "", False, None, None, None, None, failed=str(error))
         else:
             if done.stopped:

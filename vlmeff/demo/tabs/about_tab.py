@@ -25,7 +25,7 @@ def build(site: Site, model: gr.Dropdown) -> None:
     def describe(name: str) -> str:
         return about(site, name)
 
-    model.change(describe, [model], [text], api_name="about", queue=False)
+    model.change(describe, [model], [text], api_name="about", concurrency_limit=None, show_progress="hidden")
 
 
 def about(site: Site, name: str) -> str:

@@ -39,7 +39,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
             )  # fmt: skip
             with gr.Row():
                 stop = gr.Button("Stop", min_width=120, elem_id="chat-stop")
-                clear = gr.Button("New conversation", min_width=120, elem_id="chat-clear")
+                clear = gr.Button("New chat", min_width=120, elem_id="chat-clear")
         with gr.Column(scale=1, min_width=270):
             preset = gr.Dropdown(
                 site.presets(), value=site.favourite(), label="Preset",
@@ -98,8 +98,8 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
         site.stop(request.session_hash, TAB)
         return [], [], gr.MultimodalTextbox(value=None, interactive=True), look.status(""), _cost(None)
 
-    def unlock() -> tuple[Any, str]:
-        return gr.MultimodalTextbox(interactive=True), look.status("")
+    def unlock(request: gr.Request) -> tuple[Any, str]:
+        return gr.MultimodalTextbox(interactive=True), look.status(site.after(request.session_hash, TAB))
 
     event = box.submit(
         reply, [model, box, past, preset, longest], [past, chat, box, status, cost],

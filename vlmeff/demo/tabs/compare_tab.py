@@ -13,8 +13,8 @@ from vlmeff.demo.engine import Done
 from vlmeff.demo.samples import EXAMPLES
 from vlmeff.demo.saving import save_comparison
 from vlmeff.demo.site import AS_PRESET, QUEUE, Kept, Site, make_choice, shown
-from vlmeff.demo.tabs.picture_field import picture_field
-from vlmeff.errors import DataError
+from vlmeff.demo.tabs.parts import on_failure, picture_field
+from vlmeff.errors import ConfigError
 
 TAB = "compare"
 METHODS = [AS_PRESET, "hiprune", "divprune", "scope", "visionzip", "fourier", "adaptinfer", "random", "downsample"]
@@ -68,7 +68,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
                 right = _answer("Preset", "compare-answer")
                 third = _answer("Control", "compare-third", visible=False)
             slider = gr.ImageSlider(
-                label="Left of the handle: what the model saw; right: what was kept", format="png",
+                label="What the model saw and what was kept", format="png",
                 interactive=False, height=360, max_height=360, buttons=["fullscreen"], elem_id="compare-map",
             )  # fmt: skip
             said = gr.HTML(look.legend([], NO_MAP), elem_id="compare-legend")
@@ -98,6 +98,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     ) -> Iterator[Any]:  # fmt: skip
         asked, seen = site.limits.question(text), site.picture(path)
         flag = site.begin(request.session_hash, TAB)
+        site.kept(request.session_hash)  # what is shown from now on is another one
         choice = make_choice(name, how, percent, seed=int(number or 0))
         news = compare(
             site.engine,
@@ -127,6 +128,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
 
     def wipe(request: gr.Request) -> tuple[Any, ...]:
         site.stop(request.session_hash, TAB)
+        site.kept(request.session_hash)
         return None, "", *map(_value, _page(Comparison()))
 
     def check(*fields: Any) -> list[Any]:
@@ -138,7 +140,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
         api_name="compare", concurrency_id=QUEUE, concurrency_limit=1, show_progress="minimal",
         show_progress_on=[status], validator=check,
     )  # fmt: skip
-    event.failure(lambda: look.status(""), None, [status], api_visibility="private", queue=False)
+    on_failure(site, TAB, event, status)
     control.change(
         lambda name: gr.Textbox(visible=name != NO_CONTROL), [control], [third], api_visibility="private", queue=False
     )
@@ -149,22 +151,27 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
 
 def _answer(label: str, elem_id: str, *, visible: bool = True) -> gr.Textbox:
     return gr.Textbox(
-        label=label, lines=5, max_lines=5, interactive=False, min_width=140, elem_id=elem_id, visible=visible
+        label=label, lines=5, max_lines=5, interactive=False, min_width=190, elem_id=elem_id, visible=visible
     )
 
 
 def _saving(site: Site) -> None:
     """Only where the page was started with a folder for it."""
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=False):
         button = gr.Button("Save this comparison", elem_id="compare-save", scale=0, min_width=280)
-        said = gr.HTML(look.note(SAVING), elem_id="compare-saved")
+        with gr.Column(min_width=280):
+            said = gr.HTML(look.note(SAVING), elem_id="compare-saved")
 
     @shown
     def save(request: gr.Request) -> str:
         kept = site.kept(request.session_hash)
         if kept is None or site.log_dir is None:
-            raise DataError("There is no finished comparison that is not saved yet: run one first.")
-        folder = save_comparison(site.log_dir, kept.comparison, kept.picture, kept.question, kept.model)
+            return look.note("There is no finished comparison that is not saved yet: run one first.")
+        try:
+            folder = save_comparison(site.log_dir, kept.comparison, kept.picture, kept.question, kept.model)
+        except ConfigError as error:
+            site.keep(request.session_hash, kept)
+            return look.note(str(error))
         return look.note(f"Saved as {folder.name} in the folder for comparisons of this machine.")
 
     button.click(save, None, [said], api_name="save", queue=False)
@@ -181,7 +188,8 @@ def _page(now: Comparison) -> tuple[Any, ...]:
         spread: tuple[Any, Any, Any] = (look.legend([], waiting), None, gr.Gallery(visible=False))
         mapped: list[tuple[tuple[Any, ...], Any]] = [(("none", waiting, i), lambda i=i: spread[i]) for i in range(3)]
     else:
-        mapped = [((id(done), i), lambda i=i: _map(done)[i]) for i in range(3)]
+        plain = now.choice is not None and now.choice.plain
+        mapped = [((id(done), i), lambda i=i: _map(done, plain=plain)[i]) for i in range(3)]
     return (
         look.status(now.status),
         now.baseline.text,
@@ -205,9 +213,11 @@ def _changed(before: tuple[Any, ...], page: tuple[Any, ...]) -> list[Any]:
     return [gr.skip() if a == b else _value(part) for a, b, part in zip(old, keys, page, strict=True)]
 
 
-def _map(done: Done) -> tuple[Any, Any, Any]:
+def _map(done: Done, *, plain: bool) -> tuple[Any, Any, Any]:
     none = gr.Gallery(visible=False)
     if not done.maps:
+        if plain:
+            return look.legend([], "The baseline keeps every visual token."), None, none
         why = "There is no map: the run was stopped." if done.stopped else "There is no map for this model's pictures."
         return look.legend([], why), None, none
     if done.maps[0].resampled:

@@ -13,6 +13,7 @@ from vlmeff import zoo
 from vlmeff.demo import look
 from vlmeff.demo.generators import DIGITS, MODES, PROMPTS, Drawn, draw_digits, make_clip, missing_extra
 from vlmeff.demo.site import QUEUE, Site, shown
+from vlmeff.demo.tabs.parts import on_failure
 from vlmeff.demo.work import Note, Stop, Stopped, run_alone
 
 PICTURES, VIDEOS = "draw", "clip"
@@ -75,7 +76,7 @@ def _videos(site: Site) -> None:
                                 info="It knows coloured shapes that move.", elem_id="generate-prompt")  # fmt: skip
             preset = gr.Dropdown(presets, value="fast", label="Preset")
             seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
-            run, stop = _buttons("Make both clips", "generate-clip")
+            run, stop = _buttons("Make both", "generate-clip")
             gr.Examples([[text] for text in PROMPTS], inputs=[prompt], label="Prompts that it knows")
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(look.status(""))
@@ -140,9 +141,7 @@ def _ending(site: Site, tab: str, event: Any, stop: gr.Button, status: gr.HTML) 
         site.stop(request.session_hash, tab)
         return look.status("stopped")
 
-    event.failure(
-        lambda: look.status(""), None, [status], api_visibility="private", queue=False, show_progress="hidden"
-    )
+    on_failure(site, tab, event, status)
     stop.click(
         halt, None, [status], api_name=f"stop_{tab}", queue=False, cancels=[event], show_progress="hidden"
     )  # fmt: skip

@@ -12,7 +12,7 @@ from vlmeff.demo.engine import Choice
 from vlmeff.demo.samples import EXAMPLES
 from vlmeff.demo.site import QUEUE, Site, shown
 from vlmeff.demo.sweep import Point, Sweep, accuracy, sweep
-from vlmeff.demo.tabs.picture_field import picture_field
+from vlmeff.demo.tabs.parts import on_failure, picture_field
 
 TAB = "sweep"
 METHODS = ["hiprune", "divprune", "scope", "visionzip", "fourier", "adaptinfer", "random", "downsample"]
@@ -84,7 +84,7 @@ def build(site: Site, model: gr.Dropdown) -> None:
         [model, picture, question, known, method], [status, plot, answers], api_name="sweep", concurrency_id=QUEUE,
         concurrency_limit=1, show_progress="minimal", show_progress_on=[status], validator=check,
     )  # fmt: skip
-    event.failure(lambda: look.status(""), None, [status], api_visibility="private", queue=False)
+    on_failure(site, TAB, event, status)
     stop.click(halt, None, [status], api_name="stop_sweep", queue=False, cancels=[event])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,23 @@ import gradio as gr
 
 from vlmeff.demo import look
 from vlmeff.demo.compare import Comparison, rows
+from vlmeff.demo.limits import MIB
 from vlmeff.demo.samples import Example
 from vlmeff.demo.site import QUEUE, Site, make_choice, shown
+from vlmeff.demo.tabs.parts import on_failure
 from vlmeff.demo.video import LOOKED_AT, MOST_FRAMES, MOST_SECONDS, Clip, ask_video, choose_frames, kept, read_clip
-from vlmeff.demo.work import Stopped
+from vlmeff.demo.work import Note, Stop, Stopped, run_alone
 from vlmeff.errors import DataError
 
 TAB = "video"
+MODEL = "tiny-qwen"  # of the shipped ones the one that takes videos
 EXAMPLES = [
     Example("moving-shapes.mp4", "what color is the circle?"),
     Example("moving-shapes.mp4", "is there a green triangle?"),
 ]
 NOTE = (
-    "The model tiny-qwen takes videos but was never trained on any: what it says about them is often wrong. "
+    "The model tiny-qwen (choose it above; the examples do) takes videos but was never trained on any: what it says "
+    "about them is often wrong. "
     "The costs and the map of kept tokens are real."
 )
 SENT = "No frames have been sent yet."
@@ -60,21 +64,25 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
                 right = gr.Textbox(label="Preset", lines=3, max_lines=3, interactive=False, elem_id="video-answer")
             figures = gr.HTML(_figures(Comparison()), elem_id="video-figures")
     with gr.Column(elem_classes="vl-examples"):
+        # A click chooses the model as well: not every one takes videos.
+        shipped = [[MODEL, example.path, example.question] for example in EXAMPLES]
+        chosen = MODEL in site.models
         gr.Examples(
-            [[example.path, example.question] for example in EXAMPLES],
-            inputs=[video, question], label="Examples: a video and a question, one click each",
+            shipped if chosen else [row[1:] for row in shipped],
+            inputs=[model, video, question] if chosen else [video, question],
+            label="Examples: a video and a question, one click each", visible_columns=[1, 2] if chosen else None,
         )  # fmt: skip
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
             said = gr.HTML(look.legend([], SENT), elem_id="video-said")
             frames = gr.Gallery(
-                label="Frames that were sent", show_label=False, columns=3, format="png", object_fit="contain",
+                label="Frames that were sent", show_label=False, columns=4, format="png", object_fit="contain",
                 buttons=[], interactive=False, elem_id="video-frames",
             )  # fmt: skip
         with gr.Column(min_width=320):
             key = gr.HTML(look.legend([], MAP), elem_id="video-legend")
             strip = gr.Gallery(
-                label="Visual tokens kept, by time", show_label=False, columns=3, format="png",
+                label="Visual tokens kept, by time", show_label=False, columns=4, format="png",
                 object_fit="contain", buttons=[], interactive=False, elem_id="video-map",
             )  # fmt: skip
 
@@ -82,19 +90,26 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
     def start(
         model_name: str, path: str | None, text: str, name: str, choosing: bool, request: gr.Request
     ) -> Iterator[Any]:
-        asked = site.limits.question(text)
+        asked, file = site.limits.question(text), _uploaded(site, path)
         flag = site.begin(request.session_hash, TAB)
         choice = make_choice(name, None, None)
         now = Comparison(choice=choice)
         yield look.status("reading the video"), "", "", _figures(now), *[gr.skip()] * 4
+
+        def work(say: Callable[[Any], None], stop: Stop) -> None:
+            clip = read_clip(file, most_frames=LOOKED_AT if choosing else MOST_FRAMES, stop=stop)
+            stop.check()
+            say(choose_frames(clip, asked) if choosing else clip)
+
         try:
-            clip = read_clip(_uploaded(site, path), most_frames=LOOKED_AT if choosing else MOST_FRAMES, stop=flag)
-            flag.check()
+            for news in run_alone(work, stop=flag):
+                if isinstance(news, Note):
+                    yield look.status(news.text), *[gr.skip()] * 7
+                else:
+                    clip = news
         except Stopped:
             yield look.status("stopped"), *[gr.skip()] * 7
             return
-        if choosing:
-            clip = choose_frames(clip, asked)
         sent = [(frame, f"{time:.1f} s") for frame, time in zip(clip.frames, clip.seconds, strict=True)]
         how = "chosen for the question" if choosing else "taken evenly"
         text = f"{len(sent)} frames of {clip.duration:.1f} seconds, {how}"
@@ -117,9 +132,7 @@ def build(site: Site, model: gr.Dropdown) -> gr.Dropdown:
         [status, left, right, figures, said, frames, key, strip],
         api_name="video", concurrency_id=QUEUE, concurrency_limit=1, show_progress="hidden",
     )  # fmt: skip
-    event.failure(
-        lambda: look.status(""), None, [status], api_visibility="private", queue=False, show_progress="hidden"
-    )
+    on_failure(site, TAB, event, status)
     stop.click(halt, None, [status], api_name="stop_video", queue=False, cancels=[event], show_progress="hidden")
     return preset
 
@@ -132,7 +145,7 @@ def _uploaded(site: Site, path: str | None) -> Path:
         raise DataError("There is no video yet: drop one or click an example.")
     if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise DataError("That video was not uploaded here: drop it on the page.")
-    if Path(path).is_file() and Path(path).stat().st_size > site.limits.max_file_mb * 1e6:
+    if Path(path).is_file() and Path(path).stat().st_size > site.limits.max_file_mb * MIB:
         raise DataError(f"The video's file is larger than {site.limits.max_file_mb:g} MB: make it shorter or smaller.")
     return Path(path)
 
