@@ -125,6 +125,13 @@ def attention_case(
         if segments:
             bounds = torch.tensor([0, *segments]).cumsum(0).int().to(device)
             packed = {name: arguments[name][0].transpose(0, 1).contiguous() for name in ("q", "k")}
+            if lse and q.is_meta:
+                arguments["lse"] = q.new_empty((heads, rows), dtype=torch.float32)
+            elif lse:
+                parts = zip(q.split(segments, 2), k.split(segments, 2), strict=True)
+                with ops.backend("reference"):
+                    each = [ops.row_logsumexp(part, keys, scale=scale)[0] for part, keys in parts]
+                arguments["lse"] = torch.cat(each, 1)
             arguments |= {**packed, "cu_seqlens": bounds, "reduce": reduce}
             return Call(arguments, accurate=in_float64(op, arguments))
         arguments["causal"] = causal

@@ -37,6 +37,11 @@ def plain_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
+def grouped_int8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    codes, scale = plain_int8(x.unflatten(1, (-1, group)))
+    return codes.flatten(1), scale.squeeze(-1)
+
+
 def plain_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(-1, keepdim=True).float() / 448
     return (x.float() / scale).clamp(-448, 448).to(FP8), scale
@@ -52,8 +57,9 @@ def plain_uint(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def quantizer_case(
-    op: str, name: str, m: int, k: int, dtype: torch.dtype, *, bits: int = 8, smooth: bool = False
+    op: str, name: str, m: int, k: int, dtype: torch.dtype, *, bits: int = 8, smooth: bool = False, group: int = 0
 ) -> Case:
+    """``group``: channels that share a scale, of int8; it divides K."""
     plain: Callable[[Tensor], Any] = {
         "act_quant_int8": plain_int8, "act_quant_fp8": plain_fp8, "act_quant_uint": partial(plain_uint, bits=bits),
     }[op]  # fmt: skip
@@ -61,14 +67,16 @@ def quantizer_case(
     def make(device: torch.device) -> Call:
         x = random(device, m, k, dtype=dtype)
         arguments: dict[str, Any] = {"x": x} | ({"bits": bits} if op == "act_quant_uint" else {})
+        if group:
+            return Call({**arguments, "group": group}, {PLAIN: lambda: grouped_int8(x, group)})
         if not smooth:
             return Call(arguments, {PLAIN: lambda: plain(x)})
         factor = 0.5 + torch.rand(k, generator=generator(device, 1), device=device)
         return Call({**arguments, "smooth": factor}, {PLAIN: lambda: plain(x / factor)})
 
-    outputs = 3 if op == "act_quant_uint" else 1
+    outputs = 3 if op == "act_quant_uint" else k // group if group else 1
     counted = work.act_quant(m, k, itemsize=dtype.itemsize, vectors=smooth, outputs=outputs)
-    return Case(op, name, short(dtype), {"m": m, "k": k, "smooth": smooth}, counted, make)
+    return Case(op, name, short(dtype), {"m": m, "k": k, "smooth": smooth, "group": group}, counted, make)
 
 
 def norm_case(name: str, m: int, k: int, dtype: torch.dtype) -> Case:

@@ -68,6 +68,17 @@ def on_gpu() -> list[Case]:
             segments=(4096, 2048, 1024),
         ),
         attention_case(
+            "Qwen vision layer, 3 pictures packed, lse given",
+            **QWEN_VISION,
+            **bf16,
+            rows=7168,
+            keys=7168,
+            causal=False,
+            reduce="mean",
+            segments=(4096, 2048, 1024),
+            lse=True,
+        ),
+        attention_case(
             "Qwen vision layer, 65536 patches, lse given",
             **QWEN_VISION,
             **bf16,
@@ -145,6 +156,7 @@ def on_gpu() -> list[Case]:
         if not smooth or op == "act_quant_int8"
     ] + [
         quantizer_case("act_quant_int8", "256 x 4096", 256, 4096, BF16),
+        quantizer_case("act_quant_int8", f"Wan-14B, {VIDEO} x 5120, groups of 128", VIDEO, 5120, BF16, group=128),
         norm_case(f"Wan-14B, {VIDEO} x 5120", VIDEO, 5120, BF16),
         norm_case("256 x 4096", 256, 4096, BF16),
         gelu_case(f"Wan-14B, {VIDEO} x 13824", VIDEO, 13824, BF16, approximate="tanh"),
@@ -166,11 +178,16 @@ def on_gpu() -> list[Case]:
         ),
         *(
             w4a8_case(f"Wan-14B, {m} x {n} x {k}{f', groups of {group}' if group else ''}", m, n, k, BF16, group=group)
-            for m, n, k, group in ((VIDEO, 5120, 5120, 0), (VIDEO, 5120, 5120, 128), (256, 5120, 5120, 0))
+            for m, n, k, group in (
+                (VIDEO, 5120, 5120, 0),
+                (VIDEO, 5120, 5120, 128),
+                (256, 5120, 5120, 0),
+                (64, 5120, 5120, 0),
+            )
         ),
         *(
             wnan_case(f"Wan-14B, {m} x {n} x {k}", m, n, k, BF16)
-            for m, n, k in ((VIDEO, 5120, 5120), (VIDEO, 13824, 5120), (256, 5120, 5120))
+            for m, n, k in ((VIDEO, 5120, 5120), (VIDEO, 13824, 5120), (256, 5120, 5120), (64, 5120, 5120))
         ),
         *(
             wna16_case(f"{m} x {n} x {k}, {bits} bits", m, n, k, BF16, bits=bits)
@@ -180,6 +197,8 @@ def on_gpu() -> list[Case]:
                 (64, 4096, 11008, 4),
                 (1024, 4096, 11008, 4),
                 (1, 4096, 11008, 8),
+                (16, 4096, 11008, 8),
+                (64, 4096, 11008, 8),
                 (1024, 4096, 11008, 8),
             )
         ),

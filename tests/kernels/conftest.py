@@ -1,12 +1,14 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors (tests/conftest.py sees to it).
 
-An integer seed for each test is drawn anew, printed when the test fails, and set again with VLMEFF_KERNEL_SEED.
+The seed of a test is that of its name; VLMEFF_KERNEL_SEED=17 takes another, VLMEFF_KERNEL_SEED=random a new one each
+time. It is printed when the test fails.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import zlib
 from importlib.metadata import version
 
 import pytest
@@ -24,8 +26,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
-    value = int(os.environ.get("VLMEFF_KERNEL_SEED", random.SystemRandom().randrange(2**31)))
+def seed(request: pytest.FixtureRequest) -> int:
+    asked = os.environ.get("VLMEFF_KERNEL_SEED")
+    value = (
+        random.SystemRandom().randrange(2**31)
+        if asked == "random"
+        else int(asked or zlib.crc32(request.node.nodeid.encode()))
+    )
     print(f"VLMEFF_KERNEL_SEED={value}")
     torch.manual_seed(value)
     return value
