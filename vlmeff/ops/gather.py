@@ -114,12 +114,12 @@ def _entries(both: list[Tensor], index: Tensor) -> list[Tensor]:
     batch, heads, tokens = both[0].shape[:3]
     if index.ndim == 2:
         index = index[:, None]
-    of_batch, of_heads = torch.arange(batch, device=index.device), torch.arange(heads, device=index.device)
     if _as_rows(index, *both):  # twice as fast as a choice along the third dimension
-        first = (of_batch[:, None, None] * heads + of_heads[:, None]) * tokens
+        first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
         taken = [states.flatten(0, 2).index_select(0, (index + first).flatten()) for states in both]
         return [rows.view(batch, heads, index.shape[2], rows.shape[1]) for rows in taken]
     # Not torch.gather, as in _gather_tokens_reference.
+    of_batch, of_heads = torch.arange(batch, device=index.device), torch.arange(heads, device=index.device)
     return [states[of_batch[:, None, None], of_heads[:, None], index].contiguous() for states in both]
 
 
