@@ -64,7 +64,9 @@ CSS = """
   /* Room for what will be longer, so that nothing moves when it comes. */
   .vl-status { min-height: 3.2rem; }
   .vl-verdict { min-height: 4.8rem; }
-  #compare-figures thead th { height: 3.4rem; vertical-align: bottom; }
+  #compare-figures .vl-table { table-layout: fixed; }
+  #compare-figures thead th { height: 3.4rem; vertical-align: bottom; overflow-wrap: anywhere; }
+  #compare-figures thead th:first-child { width: 44%; }
   #compare-legend .vl-legend { min-height: 5.4rem; align-content: start; }
   #compare-chart .vl-legend { min-height: 3.6rem; align-content: start; }
   .vl-examples tbody { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 11.5rem;
