@@ -1,4 +1,4 @@
-"""What the ops share about their arguments: an ambient autocast is none, and no tensor is read in vain."""
+"""What the ops share about their arguments: an ambient autocast does not count, and tensors must be tensors."""
 
 from __future__ import annotations
 

@@ -44,8 +44,7 @@ def row_logsumexp(
         k: [B, Hk, S, D] keys, dtype and device of q. Hk divides Hq; query head h reads key head h // (Hq // Hk).
         scale: factor of the inner products, usually D ** -0.5.
         causal: mask by position. The two position arguments are read only then.
-        q_pos: [B, W] int32 or int64; default S-W .. S-1, that is right-aligned with the keys. Values
-            that int32 holds.
+        q_pos: [B, W] int32 or int64; default S-W .. S-1, that is right-aligned with the keys. Values must fit int32.
         k_pos: [B, S] int32 or int64; default 0 .. S-1. Needed once an eviction has made the slots non-contiguous.
         key_valid: [B, S] bool, False for padding; default all True.
         softcap: positive, or None.

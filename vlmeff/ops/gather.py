@@ -118,6 +118,8 @@ def _entries(both: list[Tensor], index: Tensor) -> list[Tensor]:
         first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
         taken = [states.flatten(0, 2).index_select(0, (index + first).flatten()) for states in both]
         return [rows.view(batch, heads, index.shape[2], rows.shape[1]) for rows in taken]
+    if batch == 1 and index.shape[1] == 1:
+        return [states.index_select(2, index[0, 0]) for states in both]
     # Not torch.gather, as in _gather_tokens_reference.
     of_batch, of_heads = torch.arange(batch, device=index.device), torch.arange(heads, device=index.device)
     return [states[of_batch[:, None, None], of_heads[:, None], index].contiguous() for states in both]

@@ -59,8 +59,8 @@ def norm_quant_int8(
         TypeError, ValueError: an argument does not fit.
 
     Tolerance of the back ends: scales within 2^-9 for bfloat16 and 1e-6 for float32, relative; at most 2 % and 0.1 %
-    of the codes one step away. Sources: adaptive layer norm of diffusion transformers (arXiv
-    2212.09748), SmoothQuant (arXiv 2211.10438).
+    of the codes one step away. Sources: adaptive layer norm of diffusion transformers (arXiv 2212.09748), SmoothQuant
+    (arXiv 2211.10438).
 
     A token whose channels are all equal has nothing but rounding errors left after a layer norm; unless a shift covers
     them, its codes are those of the errors.
