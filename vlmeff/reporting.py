@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -178,11 +179,15 @@ class Clock:
         return 1000 * (b - a)
 
 
+shared_clock: ContextVar[Clock | None] = ContextVar("shared_clock", default=None)
+"""Set by who times parts of a call itself: times from two clocks, started one after the other, cannot be subtracted."""
+
+
 class Meter:
     """Follows one ``generate`` or ``forward`` call of a model."""
 
     def __init__(self, device: torch.device) -> None:
-        self.clock = Clock(device)
+        self.clock = shared_clock.get() or Clock(device)
         self.clock.mark("start")
         self.remaining = 0  # prompt columns that have not gone through the model yet
         self.steps = 0  # passes that gave logits for a new token

@@ -62,10 +62,10 @@ class Scripted:
                 yield Text("half an")
                 raise RuntimeError("secret detail of the server")
             if question == "talk for ever":
-                said = 0
+                end = time.monotonic() + PATIENCE_SECONDS
                 while not stop.asked:
-                    said += 1
-                    yield Text("word " * said)
+                    assert time.monotonic() < end, "nobody stopped it"
+                    yield Text("word")
                     self.talking.set()
                     time.sleep(0.01)
                 yield Done("word", report, stopped=True)
@@ -280,6 +280,7 @@ def test_who_waits_and_cancels_never_runs(page: Page, engine: Scripted) -> None:
     assert engine.talking.wait(PATIENCE_SECONDS)
     queued = waiting.submit(*compare_of("what?"), api_name="/compare")
     until(lambda: len(page.demo._queue) == 1)
+    until(lambda: queued.communicator.event_id is not None)  # else the client has no name for what it wants cancelled
     queued.cancel()
     until(lambda: len(page.demo._queue) == 0)
     client.predict(api_name="/stop")
@@ -297,9 +298,8 @@ def test_a_closed_tab_ends_its_run(page: Page, engine: Scripted) -> None:
         body = {"data": [*data, None], "fn_index": number, "session_hash": "tab", "event_data": None}
         assert browser.post("/gradio_api/queue/join", json=body).status_code == 200
         with browser.stream("GET", "/gradio_api/queue/data", params={"session_hash": "tab"}) as stream:
-            lines = stream.iter_lines()
-            while not engine.talking.is_set():
-                next(lines)
+            lines = stream.iter_lines()  # heartbeats too, so it does not block
+            until(lambda: next(lines) is not None and engine.talking.is_set())
     assert engine.ended.wait(PATIENCE_SECONDS), "the answer goes on though nobody listens"
     assert page.client().predict(*compare_of("what?"), api_name="/compare")[PRESET] == "tiny-llava fast"
 

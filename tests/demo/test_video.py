@@ -26,6 +26,7 @@ from vlmeff.models.tiny_clip.captions import COLORS
 from vlmeff.models.tiny_wan.clips import Clip as Moving
 
 EXAMPLE = Path(video.__file__).parent / "examples" / "moving-shapes.mp4"
+PATIENCE_SECONDS = 60.0  # other tests share the cores
 QUESTION = "is there a green triangle?"
 FPS, SIDE, GROUND = 12, 224, (235, 238, 246)
 H264_DB = 30.0
@@ -212,7 +213,9 @@ class Endless:
     def answer(self, turns: Any, choice: Choice, *, stop: Any = None, **options: Any) -> Iterator[Any]:
         self.begun += 1
         try:
+            end = time.monotonic() + PATIENCE_SECONDS
             while not stop.asked:
+                assert time.monotonic() < end, "nobody stopped it"
                 yield Text("word")
                 time.sleep(0.02)
         finally:
@@ -240,7 +243,7 @@ def test_stop_ends_the_run_and_no_second_one_begins(page):
     client = Client(url, verbose=False)
     file = handle_file(str(EXAMPLE))
     job = client.submit("tiny-qwen", file, QUESTION, "fast", False, api_name="/video")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not engine.begun:
         assert time.monotonic() < deadline
         time.sleep(0.05)

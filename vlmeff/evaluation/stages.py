@@ -16,7 +16,7 @@ from torch import nn
 
 from tokenpruning import Resampler, Selector
 from vlmeff.errors import VlmeffError
-from vlmeff.reporting import Clock, Report
+from vlmeff.reporting import Clock, Report, shared_clock
 from vlmeff.vlm.wrapped import STATE
 
 MODALITIES = ("image", "video")
@@ -49,7 +49,8 @@ class StageClock:
                     stack.enter_context(_Replaced(base, name, self._timed(method)))
             for module in _hooked_modules(self._model):
                 self._follow(stack, module)
-            self._mark("start")
+            token = shared_clock.set(self._clock)  # the call's own marks come to stand among those of this block
+            stack.callback(shared_clock.reset, token)
             self._stack = stack.pop_all()
         return self
 
@@ -68,14 +69,15 @@ class StageClock:
         if not self._calls:
             return None, None
         vision = sum(between(*call) or 0.0 for call in self._calls) - hooks
-        # ``encode_ms`` is there when tokens were chosen or resampled; between layers that cannot be told apart.
-        if report is None or report.encode_ms is None or report.inner is not None:
+        # The mark is there when tokens were chosen or resampled; between layers that cannot be told apart.
+        choosing = between(self._calls[-1][1], "encoded")
+        if report is None or choosing is None or report.inner is not None:
             return vision, None
-        return vision, max(0.0, report.encode_ms - (between("start", self._calls[-1][1]) or 0.0)) + hooks
+        return vision, choosing + hooks
 
-    def _mark(self, name: str = "") -> str:
+    def _mark(self) -> str:
         self._marks += 1
-        name = name or str(self._marks)
+        name = str(self._marks)
         self._clock.mark(name)
         return name
 
