@@ -59,9 +59,10 @@ def top_indices(
 
 def _top_indices_reference(*, scores: Tensor, k: int, groups: Tensor | None, ties: Ties, tolerance: float) -> Tensor:
     if k and groups is None and not tolerance and may_read(scores) and scores.dtype in (torch.float32, torch.float64):
-        last = scores.detach().kthvalue(scores.shape[-1] - k + 1, dim=-1, keepdim=True).values
-        if not bool(last.isnan().any()):
-            return _not_below(scores.detach(), last, k, ties).nonzero()[:, -1].reshape(*scores.shape[:-1], k)
+        one = scores.numel() == scores.shape[-1]
+        chosen = _of_one_row(scores.detach(), k, ties) if one else _of_rows(scores.detach(), k, ties)
+        if chosen is not None:
+            return chosen.view(*scores.shape[:-1], k)
     order = _ranking(scores, groups, ties)
     if tolerance and k:
         # The k-th score moves by no more than the scores do, so nothing but what is near the edge of the band around it
@@ -73,18 +74,33 @@ def _top_indices_reference(*, scores: Tensor, k: int, groups: Tensor | None, tie
     return order[..., :k].sort(dim=-1).values.contiguous()
 
 
-def _not_below(scores: Tensor, last: Tensor, k: int, ties: Ties) -> Tensor:
-    """[..., n] bool, k of them true: the best, of which ``last`` [..., 1] is the lowest score. Nothing is sorted."""
-    chosen = ~(scores < last)  # a NaN is not below anything
+def _of_one_row(scores: Tensor, k: int, ties: Ties) -> Tensor | None:
+    """[k]: the places of the k best of a row (any leading dimensions of 1), without a sort; None where the k-th score
+    is NaN."""
+    row = scores.reshape(-1)
+    last = row.kthvalue(len(row) - k + 1).values
+    chosen = (row < last).logical_not_()  # a NaN is not below anything
+    surplus = int(chosen.count_nonzero()) - k
+    if surplus:
+        equal = (row == last).nonzero().view(-1)
+        if not len(equal):  # NaN equals nothing
+            return None
+        chosen.index_fill_(0, equal[-surplus:] if ties == "first" else equal[:surplus], False)
+    return chosen.nonzero().view(-1)
+
+
+def _of_rows(scores: Tensor, k: int, ties: Ties) -> Tensor | None:
+    """[rows * k]: the same of each row of [..., n]."""
+    last = scores.kthvalue(scores.shape[-1] - k + 1, dim=-1, keepdim=True).values
+    chosen = (scores < last).logical_not_()
     surplus = chosen.sum(-1, keepdim=True) - k
-    if not bool(surplus.any()):
-        return chosen
-    equal = scores == last
-    if chosen.numel() == chosen.shape[-1]:  # one row: cheaper than numbering the equals
-        places, many = equal.nonzero()[:, -1], int(surplus)
-        return chosen.index_fill_(-1, places[-many:] if ties == "first" else places[:many], False)
-    turn = equal.cumsum(-1)
-    return chosen & ~(equal & (turn > turn[..., -1:] - surplus if ties == "first" else turn <= surplus))
+    if bool(surplus.any()):
+        if bool(last.isnan().any()):
+            return None
+        equal = scores == last
+        turn = equal.cumsum(-1)
+        chosen &= ~(equal & (turn > turn[..., -1:] - surplus if ties == "first" else turn <= surplus))
+    return chosen.nonzero()[:, -1].contiguous()
 
 
 def _ranking(scores: Tensor, groups: Tensor | None, ties: Ties) -> Tensor:
