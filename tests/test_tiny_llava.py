@@ -134,7 +134,7 @@ def test_a_streamer_yields_the_answer_without_the_prompt(loaded: tuple[Any, Any]
         chat("describe the picture."), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     plain = model.generate(**inputs, max_new_tokens=30, do_sample=False)
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=120, skip_special_tokens=True)
     arguments = {**inputs, "streamer": streamer, "max_new_tokens": 30, "do_sample": False}
     thread = threading.Thread(target=model.generate, kwargs=arguments)
     thread.start()

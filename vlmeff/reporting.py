@@ -187,7 +187,8 @@ class Meter:
     """Follows one ``generate`` or ``forward`` call of a model."""
 
     def __init__(self, device: torch.device) -> None:
-        self.clock = shared_clock.get() or Clock(device)
+        shared = shared_clock.get()  # of the first call alone: within it an assistant may be followed by a meter too
+        self.clock = shared if shared is not None and "start" not in shared.marks else Clock(device)
         self.clock.mark("start")
         self.remaining = 0  # prompt columns that have not gone through the model yet
         self.steps = 0  # passes that gave logits for a new token

@@ -159,7 +159,7 @@ def test_a_path_that_was_not_uploaded_is_refused(endless, tmp_path):
     for path in ("/etc/hostname", str(here)):
         for file in ({"path": path, "meta": {"_type": "gradio.FileData"}}, {"path": path}):
             body = {"data": ["tiny-llava", {"text": "what is it?", "files": [file]}, "baseline", 8]}
-            start = httpx.post(f"{client.src}gradio_api/call/chat", json=body)
+            start = httpx.post(f"{client.src}gradio_api/call/chat", json=body, timeout=PATIENCE_SECONDS)
             if start.status_code == 200:
                 event = start.json()["event_id"]
                 ended = httpx.get(f"{client.src}gradio_api/call/chat/{event}", timeout=60).text

@@ -39,10 +39,14 @@ def served(**options: Any) -> Iterator[tuple[str, list[str]]]:
         demo.close()
 
 
+def visitor(address: str) -> Any:
+    return httpx.Client(base_url=address, timeout=60)  # other tests share the cores
+
+
 def test_with_a_password_nothing_is_served_without_it(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("correct horse\nnot this\n")
-    with served(auth=read_auth(f"ann:{file}")) as (address, said), httpx.Client(base_url=address) as client:
+    with served(auth=read_auth(f"ann:{file}")) as (address, said), visitor(address) as client:
         for path in ("/gradio_api/info", "/config", "/gradio_api/file=x"):
             assert client.get(path).status_code == 401, path
         asked = client.post("/gradio_api/call/about", json={"data": ["tiny-llava"]})
@@ -87,7 +91,7 @@ def test_the_page_works_from_a_folder_that_holds_the_uploads(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.txt").write_text("secret")
     picture = ROOT / "vlmeff" / "demo" / "examples" / "one-shape.png"
-    with served() as (address, _), httpx.Client(base_url=address) as client:
+    with served() as (address, _), visitor(address) as client:
         sent = client.post("/gradio_api/upload", files={"files": ("p.png", picture.read_bytes())})
         (path,) = sent.json()
         assert client.get(f"/gradio_api/file={path}").content == picture.read_bytes()

@@ -264,7 +264,7 @@ def test_a_path_that_was_not_uploaded_is_refused(page, tmp_path):
     here.write_bytes(EXAMPLE.read_bytes())
     for file in ({"path": str(here), "meta": {"_type": "gradio.FileData"}}, {"path": str(here)}):
         body = {"data": ["tiny-qwen", file, QUESTION, "fast", False]}
-        start = httpx.post(f"{url}gradio_api/call/video", json=body)
+        start = httpx.post(f"{url}gradio_api/call/video", json=body, timeout=PATIENCE_SECONDS)
         if start.status_code == 200:
             ended = httpx.get(f"{url}gradio_api/call/video/{start.json()['event_id']}", timeout=60).text
             assert "event: error" in ended

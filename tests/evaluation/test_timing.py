@@ -8,15 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import vlmeff
+from vlmeff.demo.samples import EXAMPLES
 from vlmeff.evaluation import answering
 from vlmeff.evaluation.answering import Answerer
 from vlmeff.evaluation.benchmarks import get
 from vlmeff.evaluation.controls import make_runs
+from vlmeff.evaluation.measuring import generate_measured
 from vlmeff.evaluation.stages import StageClock
-from vlmeff.reporting import Meter
+from vlmeff.reporting import Meter, shared_clock
 
 SLEEP = 0.05
 
@@ -71,6 +74,37 @@ def test_nothing_is_left_behind_when_the_call_fails():
         raise RuntimeError("stop")
     assert "get_image_features" not in model.__dict__
     assert clock.times(None) == (None, None), "no encoder ran"
+    assert shared_clock.get() is None
+
+
+def test_calls_inside_and_after_the_one_that_is_followed_have_clocks_of_their_own():
+    with StageClock(Slow(), torch.device("cpu")):
+        outer = Meter(torch.device("cpu"))
+        inner = Meter(torch.device("cpu"))  # of a wrapped assistant
+        inner.clock.mark("encoded")
+        inner.finish()
+        assert outer.figures()["encode_ms"] is None
+        assert outer.figures()["total_ms"] is None
+
+
+def test_a_wrapped_assistant_does_not_disturb_the_times(loaded):
+    model, processor, _ = loaded
+    drafter, _ = vlmeff.load("tiny-llava", dtype="float32")
+    question = [{"type": "image", "image": Image.open(EXAMPLES[0].path)}, {"type": "text", "text": "what is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    vlmeff.wrap(drafter, preset="fast")
+    speculation = vlmeff.TextSpeculation(drafter=vlmeff.Assistant(drafter, confidence=0.0))
+    vlmeff.wrap(model, preset="fast", text_speculation=speculation)
+    try:
+        found = generate_measured(model, inputs, max_new_tokens=12, fixed_output=True)
+    finally:
+        vlmeff.unwrap(model)
+    assert found.report.speculation.drafted > 0
+    assert 0 < found.report.encode_ms < found.report.prefill_ms < found.report.total_ms <= found.e2e_ms
+    assert 0 < found.score_ms < found.ttft_ms - found.vision_ms
 
 
 def test_an_answer_of_fixed_length_is_the_same_answer(loaded):

@@ -100,7 +100,7 @@ def _of_rows(scores: Tensor, k: int, ties: Ties) -> Tensor | None:
         equal = scores == last
         turn = equal.cumsum(-1)
         chosen &= ~(equal & (turn > turn[..., -1:] - surplus if ties == "first" else turn <= surplus))
-    return chosen.nonzero()[:, -1].contiguous()
+    return chosen.nonzero()[:, -1].clone()  # without the rows' numbers
 
 
 def _ranking(scores: Tensor, groups: Tensor | None, ties: Ties) -> Tensor:
