@@ -245,6 +245,7 @@ def on_cpu() -> list[Case]:
         ),
         gather_tokens_case("576 of 2880", batch=1, tokens=2880, kept=576, width=1024, **f32),
         gather_tokens_case("4 x 192 of 576", batch=4, tokens=576, kept=192, width=1024, **f32),
+        top_case("192 of 576", batch=1, n=576, k=192),
         top_case("640 of 2880", batch=1, n=2880, k=640),
         top_case("640 of 2880, equals at the edge", batch=1, n=2880, k=640, rounded=True),
         top_case("32 x 800 of 4096, equals at the edge", batch=32, n=4096, k=800, rounded=True),
